@@ -1,0 +1,392 @@
+"""Public functions of the room: the noise of training, the D3Diff loss and the next-token loss beside it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .._checks import expect, expect_tensor
+from .head import accumulation_dtype, penalty
+from .objective import Objective, RowWeights, row_weights
+from .ops import head_op, logits_op, noise_op
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class LossStats(NamedTuple):
+    """Detached scalars beside a loss; loss = ce_coef * ce + alpha * score.
+
+    Attributes:
+        ce: mean cross entropy of the labelled rows (nats); the mask term.
+        score: the score term, reduced, without alpha and without its constant.
+        score_constant: what the reading's score entropy holds beside `score` and no gradient sees. Infinite at m = 1
+            for `paper` (it is not integrable in time), so it is reported and never added.
+        lse: mean log-sum-exp of the labelled rows' logits.
+        masked_count: number of labelled rows, int64.
+        accuracy: share of labelled rows whose target has the largest logit.
+    """
+
+    ce: torch.Tensor
+    score: torch.Tensor
+    score_constant: torch.Tensor
+    lse: torch.Tensor
+    masked_count: torch.Tensor
+    accuracy: torch.Tensor
+
+
+class JointStats(NamedTuple):
+    """Statistics of `joint_loss`: those of its image rows and those of its text rows."""
+
+    image: LossStats
+    text: LossStats
+
+
+def noise(
+    tokens: torch.Tensor,
+    mask_prob: torch.Tensor,
+    mask_id: int,
+    *,
+    exact_count: bool = True,
+    seed: int,
+    offset: int = 0,
+    first_row: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask tokens of each row: the forward process that the loss is trained under.
+
+    A position's draw depends on (seed, offset, first_row + its row, its column) alone: the same call gives the same
+    bits on every device, and a batch split over ranks the same as the whole when `first_row` says where a part begins.
+
+    Args:
+        tokens: int64 [B, N].
+        mask_prob: floating [B], m in (0, 1]: `Schedule.mask_prob` of u ~ U(0, 1).
+        mask_id: the mask token.
+        exact_count: mask round(N m) positions (half to even, at least one), a uniformly random subset, as Show-o
+            does; otherwise each position on its own with probability m.
+        seed: 64 bits. offset: the training step, in [0, 2**32). first_row: index of row 0 in the whole batch.
+
+    Returns:
+        noised int64 [B, N] and mask bool [B, N], true where a token was replaced.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices; on CPU also m outside (0, 1].
+    """
+    expect_tensor(tokens, "tokens", shape=("B", "N"), dtypes=(torch.int64,))
+    expect_tensor(mask_prob, "mask_prob", shape=(tokens.shape[0],), dtypes=_FLOATS, device_of=("tokens", tokens))
+    if _may_look(mask_prob, None):
+        _expect_probabilities(mask_prob)
+    return noise_op(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row)
+
+
+def loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    mask_prob: torch.Tensor,
+    sample_id: torch.Tensor | None = None,
+    *,
+    objective: Objective | None = None,
+    ignore_index: int = -100,
+    check_values: bool | None = None,
+    **options,
+) -> tuple[torch.Tensor, LossStats]:
+    """The D3Diff loss of the last hidden states, ce_coef * CE + alpha * score entropy, and its statistics.
+
+    Logits are made for labelled rows only, for the needed columns only and for a chunk of rows at a time. Gradients
+    for `hidden`, `weight` and `bias` are made in the forward; differentiating twice raises.
+
+    Args:
+        hidden: [T, D], or [B, N, D] with sample b in row b; half, float or double.
+        weight: [V, D], the head's. bias: [V] or None. Under autocast the products run in its dtype.
+        targets: int64 [T] or [B, N]: the clean token x0 at masked positions, `ignore_index` elsewhere.
+        mask_prob: [B], m in (0, 1] of each sample.
+        sample_id: int64 [T], the sample of each row, not decreasing; None with [B, N, D].
+        objective: what to compute; or its fields as keywords: ``code_range=(start, end), alpha=0.01, score="radd"``.
+        check_values: look at the contents of targets, mask_prob and sample_id. None: on CPU, unless compiling. On
+            CUDA it synchronises.
+
+    Returns:
+        (loss, stats): a float32 scalar (float64 for float64 inputs) and `LossStats`.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value; with checks also m outside (0, 1], a target outside
+            its range, a sample id outside [0, B) or out of order; on CPU also a row whose logits are all -inf.
+
+    Source: UniF2ace, L_D3Diff; Lou et al., SEDD (2024), score entropy; the readings are in the room's README.
+    """
+    objective = _objective(objective, options)
+    hidden, targets, sample_id = _flatten(hidden, "hidden", targets, mask_prob, sample_id)
+    _check_head(hidden, weight, bias)
+    vocabulary = weight.shape[0]
+    columns = objective.columns(vocabulary)
+    valid = targets != ignore_index
+    if _may_look(hidden, check_values):
+        _expect_targets(targets, valid, objective.target_range(vocabulary))
+        _expect_samples(mask_prob, sample_id)
+    rows = row_weights(objective, valid, mask_prob, sample_id, columns[1] - columns[0])
+    weights = rows.combined(objective.ce_coef, objective.alpha)
+    value, *terms = _head(
+        hidden, weight, bias, targets, None, weights, [columns], objective.code_range, ignore_index
+    )
+    return value, _stats(rows, valid, *terms)
+
+
+def loss_from_logits(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    mask_prob: torch.Tensor,
+    sample_id: torch.Tensor | None = None,
+    *,
+    objective: Objective | None = None,
+    ignore_index: int = -100,
+    check_values: bool | None = None,
+    **options,
+) -> tuple[torch.Tensor, LossStats]:
+    """`loss` for those who have the logits of the whole vocabulary, [T, V] or [B, N, V]; otherwise as `loss`."""
+    objective = _objective(objective, options)
+    logits, targets, sample_id = _flatten(logits, "logits", targets, mask_prob, sample_id)
+    vocabulary = logits.shape[1]
+    start, end = objective.columns(vocabulary)
+    valid = targets != ignore_index
+    if _may_look(logits, check_values):
+        _expect_targets(targets, valid, objective.target_range(vocabulary))
+        _expect_samples(mask_prob, sample_id)
+    rows = row_weights(objective, valid, mask_prob, sample_id, end - start)
+    weights, size = _normalised(rows.combined(objective.ce_coef, objective.alpha), logits.dtype)
+    value, *terms = logits_op(logits, targets, *weights, start, end, objective.code_range, ignore_index)
+    return value * size, _stats(rows, valid, *terms)
+
+
+def next_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    shift: bool = False,
+    columns: tuple[int, int] | None = None,
+    ignore_index: int = -100,
+    check_values: bool | None = None,
+) -> tuple[torch.Tensor, LossStats]:
+    """Mean cross entropy of the understanding task, by the same op: alpha = 0, any columns.
+
+    Args:
+        hidden: [T, D] or [B, N, D]. weight: [V, D]. bias: [V] or None.
+        labels: int64 [T] or [B, N], `ignore_index` where there is none.
+        shift: False: labels[..., n] is what position n predicts. True: `labels` are the input's own tokens, [B, N],
+            and position n predicts labels[:, n + 1].
+        columns: [start, end) of the softmax; None is the vocabulary.
+        ignore_index, check_values: as in `loss`.
+
+    Returns:
+        (loss, stats); the stats' score terms are 0.
+
+    Raises:
+        ValueError: as `loss`.
+    """
+    if shift:
+        expect(labels.dim() == 2, "labels", "shape [B, N] with shift=True", list(labels.shape))
+        labels = shift_labels(labels, ignore_index)
+    hidden, labels, _ = _flatten(hidden, "hidden", labels, None, None, "labels")
+    _check_head(hidden, weight, bias)
+    start, end = (0, weight.shape[0]) if columns is None else columns
+    expect(0 <= start < end <= weight.shape[0], "columns", f"0 <= start < end <= V = {weight.shape[0]}", columns)
+    valid = labels != ignore_index
+    if _may_look(hidden, check_values):
+        _expect_targets(labels, valid, (start, end), "labels")
+    rows = _plain_rows(valid)
+    value, *terms = _head(
+        hidden, weight, bias, labels, None, rows.combined(1.0, 0.0), [(start, end)], (start, end), ignore_index
+    )
+    return value, _stats(rows, valid, *terms)
+
+
+def joint_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    is_image: torch.Tensor,
+    mask_prob: torch.Tensor,
+    sample_id: torch.Tensor,
+    *,
+    objective: Objective | None = None,
+    image_coef: float = 1.0,
+    text_coef: float = 1.0,
+    ignore_index: int = -100,
+    check_values: bool | None = None,
+    **options,
+) -> tuple[torch.Tensor, JointStats]:
+    """Both tasks in one pass of the head: image_coef * `loss` of image rows + text_coef * `next_token_loss` of others.
+
+    The head's weight gets one gradient; two calls would make two of [V, D] for autograd to add.
+
+    Args:
+        hidden: [T, D]; targets: int64 [T], x0 at masked image positions, the next token at text positions.
+        is_image: bool [T], which task a row is of.
+        mask_prob: [B] of the image samples; sample_id: int64 [T], not read in text rows.
+        Otherwise as `loss`; text rows take the softmax over the vocabulary.
+
+    Returns:
+        (loss, `JointStats`).
+
+    Raises:
+        ValueError: as `loss`.
+    """
+    objective = _objective(objective, options)
+    hidden, targets, sample_id = _flatten(hidden, "hidden", targets, mask_prob, sample_id)
+    expect_tensor(is_image, "is_image", shape=targets.shape, dtypes=(torch.bool,), device_of=("hidden", hidden))
+    _check_head(hidden, weight, bias)
+    vocabulary = weight.shape[0]
+    columns = objective.columns(vocabulary)
+    valid = targets != ignore_index
+    image, text = valid & is_image, valid & ~is_image
+    if _may_look(hidden, check_values):
+        _expect_targets(targets, image, objective.target_range(vocabulary))
+        _expect_targets(targets, text, (0, vocabulary))
+        _expect_samples(mask_prob, sample_id[is_image])
+    image_rows = row_weights(
+        objective, image, mask_prob, torch.where(is_image, sample_id, 0), columns[1] - columns[0]
+    )
+    text_rows = _plain_rows(text)
+    weights = image_rows.combined(image_coef * objective.ce_coef, image_coef * objective.alpha)
+    weights = (weights[0] + text_coef * text_rows.mask, *weights[1:])
+    value, *terms = _head(
+        hidden, weight, bias, targets, (~is_image).to(torch.int64), weights, [columns, (0, vocabulary)],
+        objective.code_range, ignore_index,
+    )  # fmt: skip
+    return value, JointStats(_stats(image_rows, image, *terms), _stats(text_rows, text, *terms))
+
+
+def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """labels [B, N] -> what each position predicts: the next label, `ignore_index` at the last position."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], ignore_index)], 1)
+
+
+def _plain_rows(valid: torch.Tensor) -> RowWeights:
+    mask = valid.to(torch.float64) / valid.sum().clamp(min=1)
+    zero = torch.zeros_like(mask)
+    return RowWeights(mask, zero, None, None, None, zero)
+
+
+def _normalised(
+    weights: tuple[torch.Tensor | None, ...], dtype: torch.dtype
+) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    """The weights over the largest A, and that A: gradients kept in half types then stay within their range."""
+    ce_weight, penalty_weight, shift, mass_weight = weights
+    size = ce_weight.amax().clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = [ce_weight / size, None if penalty_weight is None else penalty_weight / size, shift,
+              None if mass_weight is None else mass_weight / size]  # fmt: skip
+    dtype = accumulation_dtype(dtype)
+    return [None if each is None else each.to(dtype) for each in scaled], size.to(dtype)
+
+
+def _head(hidden, weight, bias, targets, group, weights, columns, codes, ignore_index):
+    device = hidden.device.type
+    compute_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if compute_dtype != torch.float64 and torch.is_autocast_enabled(device):
+        compute_dtype = torch.get_autocast_dtype(device)
+    weights, size = _normalised(weights, compute_dtype)
+    asked = [
+        torch.is_grad_enabled() and each is not None and each.requires_grad for each in (hidden, weight, bias)
+    ]
+    starts, ends = zip(*columns, strict=True)
+    value, ce, lse, mass, hit, *_ = head_op(
+        hidden, weight, bias, targets, group, *weights, starts, ends, codes, ignore_index, compute_dtype, *asked
+    )
+    return value * size, ce, lse, mass, hit
+
+
+def _stats(
+    rows: RowWeights,
+    valid: torch.Tensor,
+    ce: torch.Tensor,
+    lse: torch.Tensor,
+    mass: torch.Tensor,
+    hit: torch.Tensor,
+) -> LossStats:
+    ce, lse, mass = ce.detach(), lse.detach(), mass.detach()
+
+    def total(row: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.where(row == 0, 0, row * value).sum()
+
+    score = total(rows.score, ce)
+    if rows.penalty is not None:
+        score = score + total(rows.penalty, penalty(lse + rows.shift))
+    if rows.mass is not None:
+        score = score + total(rows.mass, mass)
+    mean_lse, accuracy = total(rows.mask, lse), total(rows.mask, hit)
+    scalars = (total(rows.mask, ce), score, rows.constant.sum(), mean_lse)
+    return LossStats(*(each.to(ce.dtype) for each in scalars), valid.sum(), accuracy.to(ce.dtype))
+
+
+def _objective(objective: Objective | None, options: dict) -> Objective:
+    if objective is None:
+        return Objective(**options)
+    expect(not options, "objective", "no keywords of its fields beside it", ", ".join(options))
+    return objective
+
+
+def _flatten(
+    rows: torch.Tensor,
+    name: str,
+    targets: torch.Tensor,
+    mask_prob: torch.Tensor | None,
+    sample_id: torch.Tensor | None,
+    targets_name: str = "targets",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """[T, *], [T] and the sample of each row, from either layout."""
+    expect_tensor(rows, name, dtypes=_FLOATS)
+    expect(rows.dim() in (2, 3), name, "shape [T, *] or [B, N, *]", f"shape {list(rows.shape)}")
+    expect(rows.numel() > 0, name, "at least one row and one column", f"shape {list(rows.shape)}")
+    expect_tensor(targets, targets_name, shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows))
+    if mask_prob is not None:
+        batch = rows.shape[0] if rows.dim() == 3 and sample_id is None else "B"
+        expect_tensor(mask_prob, "mask_prob", shape=(batch,), dtypes=_FLOATS, device_of=(name, rows))
+        expect(mask_prob.shape[0] > 0, "mask_prob", "at least one sample", "shape [0]")
+        if sample_id is None:
+            expect(rows.dim() == 3, "sample_id", f"int64 [T] with {name} [T, *]", None)
+            sample_id = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+        else:
+            expect_tensor(
+                sample_id, "sample_id", shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows)
+            )
+            sample_id = sample_id.reshape(-1)
+    return rows.reshape(-1, rows.shape[-1]), targets.reshape(-1), sample_id
+
+
+def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    expect_tensor(weight, "weight", shape=("V", hidden.shape[-1]), dtypes=_FLOATS, device_of=("hidden", hidden))
+    if bias is not None:
+        expect_tensor(bias, "bias", shape=(weight.shape[0],), dtypes=_FLOATS, device_of=("hidden", hidden))
+
+
+def _may_look(tensor: torch.Tensor, check_values: bool | None) -> bool:
+    if check_values is None:
+        return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return check_values
+
+
+def _expect_probabilities(mask_prob: torch.Tensor) -> None:
+    good = (mask_prob > 0) & (mask_prob <= 1)
+    if not bool(good.all()):
+        expect(False, "mask_prob", "values in (0, 1]", mask_prob[~good][:4].tolist())
+
+
+def _expect_targets(
+    targets: torch.Tensor, valid: torch.Tensor, allowed: tuple[int, int], name: str = "targets"
+) -> None:
+    bad = valid & ((targets < allowed[0]) | (targets >= allowed[1]))
+    if bool(bad.any()):
+        wanted = f"tokens in [{allowed[0]}, {allowed[1]}) or ignore_index"
+        expect(False, name, wanted, targets[bad][:4].tolist())
+
+
+def _expect_samples(mask_prob: torch.Tensor, sample_id: torch.Tensor) -> None:
+    _expect_probabilities(mask_prob)
+    bad = (sample_id < 0) | (sample_id >= mask_prob.shape[0])
+    if bool(bad.any()):
+        expect(False, "sample_id", f"values in [0, B = {mask_prob.shape[0]})", sample_id[bad][:4].tolist())
+    if bool((sample_id[1:] < sample_id[:-1]).any()):
+        expect(False, "sample_id", "rows of a sample together, in order", "a smaller id after a larger one")

@@ -1,0 +1,138 @@
+"""The D3Diff objective as data, and what it comes to row by row.
+
+The loss of UniF2ace is ce_coef * (masked cross entropy) + alpha * (score entropy). Each reading of the score entropy
+is, for a masked row, A CE + B (e^u - 1 - u) + C P plus a constant of theta, so one op serves them all: this file
+turns a reading, a schedule and a reduction into the rows' A, B, C.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .._checks import expect, expect_choice
+from .schedules import Schedule, schedule
+
+READINGS = ("radd", "paper", "bayes", "unnormalized", "full_vocab")
+REDUCTIONS = ("sum_per_sample", "token_mean")
+NORMALIZERS = ("slice", "full")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the D3Diff loss is: ce_coef * CE + alpha * score entropy.
+
+    Attributes:
+        code_range: [start, end) of the image codes in the vocabulary.
+        alpha: weight of the score term; 0 is "mask only".
+        ce_coef: weight of the mask term; 0 is "score only".
+        score: the reading, one of `READINGS` (table in the room's README).
+        schedule: gives the score term's weight w = (dm/dt) / m; a name or a `Schedule`.
+        score_reduction: "sum_per_sample" sums over a sample's masked tokens and averages over the B samples (SEDD);
+            "token_mean" averages over all masked tokens. The mask term is always a token mean.
+        normalizer: "slice" takes the softmax over `code_range`; "full" over the vocabulary (Show-o), where a target
+            may be any token. `full_vocab` is "full" by its meaning, and a target must be a code all the same.
+        max_weight: upper bound of the score term's row weight; None for none.
+        log_scale: log(k / r), s_v = k e^{z_v} in `unnormalized` (None: -log of the number of columns, SEDD's scaling)
+            and s_v = k p_v in `full_vocab` (None: 0).
+        bayes_sigma: weigh `bayes` by sigma' / m instead of 1 / m.
+
+    Raises:
+        ValueError: an attribute outside its choices or range.
+    """
+
+    code_range: tuple[int, int]
+    alpha: float = 0.01
+    ce_coef: float = 1.0
+    score: str = "radd"
+    schedule: str | Schedule = "cosine"
+    score_reduction: str = "sum_per_sample"
+    normalizer: str = "slice"
+    max_weight: float | None = None
+    log_scale: float | None = None
+    bayes_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        start, end = self.code_range
+        expect(0 <= start < end, "code_range", "0 <= start < end", self.code_range)
+        expect(self.alpha >= 0, "alpha", "a number >= 0", self.alpha)
+        expect(self.ce_coef >= 0, "ce_coef", "a number >= 0", self.ce_coef)
+        expect_choice(self.score, "score", READINGS)
+        expect_choice(self.score_reduction, "score_reduction", REDUCTIONS)
+        expect_choice(self.normalizer, "normalizer", NORMALIZERS)
+        expect(self.max_weight is None or self.max_weight > 0, "max_weight", "None or a number > 0", self.max_weight)
+        schedule(self.schedule)
+
+    def columns(self, vocabulary: int) -> tuple[int, int]:
+        """[start, end) of the columns that the softmax runs over."""
+        start, end = self.code_range
+        expect(end <= vocabulary, "code_range", f"end <= V = {vocabulary}", self.code_range)
+        return (0, vocabulary) if self.normalizer == "full" or self.score == "full_vocab" else (start, end)
+
+    def target_range(self, vocabulary: int) -> tuple[int, int]:
+        """[start, end) of the tokens that may be targets."""
+        return self.code_range if self.score == "full_vocab" else self.columns(vocabulary)
+
+
+class RowWeights(NamedTuple):
+    """Coefficients of T rows: float64 [T], 0 in rows without a label, or None where the reading has no such term.
+
+    Attributes:
+        mask: of CE in the mask term, 1 / M; score: of CE in the score term (reduction included, alpha not).
+        penalty: of e^u - 1 - u, u = lse + shift; mass: of P. Both in the score term.
+        constant: what the row adds to the score term without theta.
+    """
+
+    mask: torch.Tensor
+    score: torch.Tensor
+    penalty: torch.Tensor | None
+    shift: torch.Tensor | None
+    mass: torch.Tensor | None
+    constant: torch.Tensor
+
+    def combined(self, ce_coef: float, alpha: float) -> tuple[torch.Tensor | None, ...]:
+        """(A, B, shift, C) of the whole loss."""
+        penalty = None if self.penalty is None else alpha * self.penalty
+        mass = None if self.mass is None else alpha * self.mass
+        return ce_coef * self.mask + alpha * self.score, penalty, self.shift, mass
+
+
+def row_weights(
+    objective: Objective, valid: torch.Tensor, mask_prob: torch.Tensor, sample_id: torch.Tensor, columns: int
+) -> RowWeights:
+    """Coefficients of T rows of which `valid` [T] have a label; mask_prob [B], sample_id [T], C = `columns`."""
+    m = mask_prob.to(torch.float64)
+    time_weight = schedule(objective.schedule).score_weight(m)
+    sigma = time_weight * m / (1 - m)
+
+    if objective.score == "bayes":
+        weight = sigma / m if objective.bayes_sigma else 1 / m
+    else:
+        weight = time_weight
+    if objective.max_weight is not None:
+        weight = weight.clamp(max=objective.max_weight)
+
+    count = valid.sum().clamp(min=1)
+    divisor = m.numel() if objective.score_reduction == "sum_per_sample" else count
+    valid = valid.to(torch.float64)
+
+    def rows(per_sample: torch.Tensor) -> torch.Tensor:
+        return torch.where(valid > 0, per_sample[sample_id] / divisor, 0)
+
+    score = rows(weight)
+    penalty = shift = mass = None
+    constant = torch.zeros_like(score)
+    if objective.score == "paper":
+        # sigma' (1 - r sbar), sbar = -log(1 - m); r sbar -> 0 as m -> 1.
+        r_sbar = -torch.special.xlogy(1 - m, 1 - m) / m
+        constant = rows(sigma * (1 - r_sbar))
+    elif objective.score == "unnormalized":
+        log_scale = -math.log(columns) if objective.log_scale is None else objective.log_scale
+        penalty, shift = score, torch.full_like(score, log_scale)
+    elif objective.score == "full_vocab":
+        log_scale = 0.0 if objective.log_scale is None else objective.log_scale
+        mass, constant = score * math.exp(log_scale), -score * (1 + log_scale)
+    return RowWeights(valid / count, score, penalty, shift, mass, constant)

@@ -1,0 +1,147 @@
+"""Registration of the room's ops: schema, implementations by device, fake, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .._library import Implementation, register
+from .head import HeadOutputs, accumulation_dtype, head_torch
+from .logits import logits_backward_torch, logits_torch
+from .noise import noise_torch
+
+
+def _noise_fake(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row):
+    return torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.bool)
+
+
+noise_op = register(
+    "d3diff_noise(Tensor tokens, Tensor mask_prob, int mask_id, bool exact_count, SymInt seed, SymInt offset,"
+    " SymInt first_row) -> (Tensor noised, Tensor mask)",
+    implementations=[Implementation("torch", ("cpu", "cuda"), noise_torch)],
+    fake=_noise_fake,
+)
+
+
+def _head_fake(
+    hidden, weight, bias, targets, group, ce_weight, penalty_weight, shift, mass_weight,
+    starts, ends, codes, ignore_index, compute_dtype, grad_hidden, grad_weight, grad_bias,
+):  # fmt: skip
+    dtype = accumulation_dtype(compute_dtype)
+    rows, features = hidden.shape
+    columns = max(ends) - min(starts)
+    return HeadOutputs(
+        hidden.new_empty((), dtype=dtype),
+        *(hidden.new_empty(rows, dtype=dtype) for _ in range(3)),
+        hidden.new_empty(rows, dtype=torch.bool),
+        torch.empty_like(hidden) if grad_hidden else hidden.new_empty(0),
+        weight.new_empty((columns, features) if grad_weight else 0),
+        hidden.new_empty(columns if grad_bias else 0, dtype=dtype if bias is None else bias.dtype),
+    )
+
+
+def _head_setup_context(ctx, inputs, output):
+    weight, starts = inputs[1], inputs[9]
+    ctx.save_for_backward(*output[-3:])
+    ctx.vocabulary, ctx.first = weight.shape[0], min(starts)
+    ctx.asked = inputs[-3:]
+
+
+def _head_backward(ctx, grad_loss, *_):
+    asked = ctx.asked
+    if any(needed and not ask for needed, ask in zip(ctx.needs_input_grad[:3], asked, strict=True)):
+        raise RuntimeError("unif2ace::d3diff_head was called without the gradients that backward now needs")
+    gradients = head_backward_op(grad_loss, *ctx.saved_tensors, ctx.vocabulary, ctx.first)
+    return *(gradient if ask else None for gradient, ask in zip(gradients, asked, strict=True)), *(None,) * 14
+
+
+head_op = register(
+    "d3diff_head(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? group, Tensor ce_weight,"
+    " Tensor? penalty_weight, Tensor? shift, Tensor? mass_weight, int[] starts, int[] ends, int[] codes,"
+    " int ignore_index, ScalarType compute_dtype, bool grad_hidden, bool grad_weight, bool grad_bias)"
+    " -> (Tensor loss, Tensor ce, Tensor lse, Tensor mass, Tensor hit, Tensor grad_hidden, Tensor grad_weight,"
+    " Tensor grad_bias)",
+    implementations=[Implementation("torch", ("cpu", "cuda"), head_torch)],
+    fake=_head_fake,
+    setup_context=_head_setup_context,
+    backward=_head_backward,
+)
+
+
+def _head_backward_torch(
+    grad_loss: torch.Tensor,
+    grad_hidden: torch.Tensor,
+    grad_weight: torch.Tensor,
+    grad_bias: torch.Tensor,
+    vocabulary: int,
+    first: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward's gradients times the loss's, those of weight and bias put into their range of the vocabulary."""
+
+    def placed(gradient: torch.Tensor) -> torch.Tensor:
+        if gradient.numel() == 0:
+            return gradient.new_empty(0)
+        last = first + gradient.shape[0]
+        full = gradient.new_empty(vocabulary, *gradient.shape[1:])
+        full[:first].zero_()
+        full[last:].zero_()
+        torch.mul(gradient, grad_loss, out=full[first:last])
+        return full
+
+    return grad_hidden * grad_loss, placed(grad_weight), placed(grad_bias)
+
+
+def _head_backward_fake(grad_loss, grad_hidden, grad_weight, grad_bias, vocabulary, first):
+    def placed(gradient: torch.Tensor) -> torch.Tensor:
+        size: Sequence[int] = (0,) if gradient.numel() == 0 else (vocabulary, *gradient.shape[1:])
+        return gradient.new_empty(size)
+
+    return torch.empty_like(grad_hidden), placed(grad_weight), placed(grad_bias)
+
+
+# An op of its own, without an autograd formula: differentiating twice raises instead of giving a wrong answer.
+head_backward_op = register(
+    "d3diff_head_backward(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,"
+    " SymInt vocabulary, int first) -> (Tensor, Tensor, Tensor)",
+    implementations=[Implementation("torch", ("cpu", "cuda"), _head_backward_torch)],
+    fake=_head_backward_fake,
+)
+
+
+def _logits_fake(
+    logits, targets, ce_weight, penalty_weight, shift, mass_weight, start, end, codes, ignore_index
+):  # fmt: skip
+    rows, dtype = logits.shape[0], accumulation_dtype(logits.dtype)
+    floats = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    return logits.new_empty((), dtype=dtype), *floats, logits.new_empty(rows, dtype=torch.bool)
+
+
+def _logits_setup_context(ctx, inputs, output):
+    logits, targets, *weights = inputs[:6]
+    ctx.save_for_backward(logits, targets, *weights, output[2], output[3])
+    ctx.integers = inputs[6:]
+
+
+def _logits_backward(ctx, grad_loss, *_):
+    return logits_backward_op(grad_loss, *ctx.saved_tensors, *ctx.integers), *(None,) * 9
+
+
+logits_op = register(
+    "d3diff_logits(Tensor logits, Tensor targets, Tensor ce_weight, Tensor? penalty_weight, Tensor? shift,"
+    " Tensor? mass_weight, int start, int end, int[] codes, int ignore_index)"
+    " -> (Tensor loss, Tensor ce, Tensor lse, Tensor mass, Tensor hit)",
+    implementations=[Implementation("torch", ("cpu", "cuda"), logits_torch)],
+    fake=_logits_fake,
+    setup_context=_logits_setup_context,
+    backward=_logits_backward,
+)
+
+
+logits_backward_op = register(
+    "d3diff_logits_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor ce_weight, Tensor? penalty_weight,"
+    " Tensor? shift, Tensor? mass_weight, Tensor lse, Tensor mass, int start, int end, int[] codes, int ignore_index)"
+    " -> Tensor",
+    implementations=[Implementation("torch", ("cpu", "cuda"), logits_backward_torch)],
+    fake=lambda grad_loss, logits, *_: torch.empty_like(logits),
+)
