@@ -1,0 +1,172 @@
+"""The experts' feed-forward in plain torch: one product per expert over its own rows, forward and backward.
+
+Rows are the slots sorted by expert, R = T * S of them; rows offsets[e] : offsets[e + 1] are expert e's. An expert's
+rows are gathered, multiplied and activated while they are in the cache; only the pre-activation h is kept.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh", "geglu": "tanh"}
+GATED = ("swiglu", "geglu")
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", *GATED)
+
+
+def _pointwise(h: Tensor, activation: str) -> Tensor:
+    if activation in _APPROXIMATE:
+        return F.gelu(h, approximate=_APPROXIMATE[activation])
+    return F.relu(h) if activation == "relu" else F.silu(h)
+
+
+def _pointwise_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
+    if activation in _APPROXIMATE:
+        return torch.ops.aten.gelu_backward(grad, h, approximate=_APPROXIMATE[activation])
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, h, 0)
+    return torch.ops.aten.silu_backward(grad, h)
+
+
+def _activate(h: Tensor, activation: str) -> Tensor:
+    """h [m, F], or [m, 2F] = gate | value for a gated one -> a [m, F]."""
+    if activation not in GATED:
+        return _pointwise(h, activation)
+    gate, value = h.chunk(2, -1)
+    return _pointwise(gate, activation).mul_(value)
+
+
+def _activate_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
+    if activation not in GATED:
+        return _pointwise_backward(grad, h, activation)
+    gate, value = h.chunk(2, -1)
+    return torch.cat([_pointwise_backward(grad * value, gate, activation), grad * _pointwise(gate, activation)], -1)
+
+
+def _row_step(x: Tensor) -> int:
+    """Products take a multiple of this many rows.
+
+    oneDNN, which multiplies bfloat16 and float16 on the CPU, builds a kernel for each new number of rows (0.5 ms
+    each as measured, as long as the product itself at m = 512), and routing brings new numbers at every step.
+    """
+    return 32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def _ceil(rows: int, step: int) -> int:
+    return -(-rows // step) * step
+
+
+def _gather(x: Tensor, tokens: Tensor, step: int) -> Tensor:
+    """Rows x[tokens], and zero rows up to a multiple of `step`."""
+    m = len(tokens)
+    if m % step == 0:
+        return x.index_select(0, tokens)
+    rows = x.new_empty(_ceil(m, step), x.shape[1])
+    torch.index_select(x, 0, tokens, out=rows[:m])
+    rows[m:].zero_()
+    return rows
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def _position(order: Tensor, slots: int) -> Tensor:
+    """Row of each slot [T, S]: the inverse of `order`."""
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), device=order.device)
+    return position.view(-1, slots)
+
+
+def _combine(rows: Tensor, position: Tensor, weight: Tensor | None) -> Tensor:
+    """[T, D]: the (weighted) sum of each token's rows, in the order of its slots."""
+    if position.numel() == 0:
+        return rows.new_zeros(len(position), rows.shape[1])
+    weight = None if weight is None else weight.to(rows.dtype)
+    return F.embedding_bag(position, rows, mode="sum", per_sample_weights=weight)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.experts`; returns y [T, D] and the pre-activations h [R, F or 2F] in the order of the rows."""
+    slots, bounds, step = weight.shape[1], offsets.tolist(), _row_step(x)
+    x = x.contiguous()
+    tokens = order // slots
+    # `step` rows too many: a product may write past its expert's rows, where the next expert writes after it.
+    h = x.new_empty(len(order) + step, w_in.shape[2])
+    y_rows = x.new_empty(len(order) + step, x.shape[1])
+    for e, (start, stop) in enumerate(pairwise(bounds)):
+        if start == stop:
+            continue
+        x_e = _gather(x, tokens[start:stop], step)
+        own = slice(start, start + len(x_e))
+        h_e = _product(x_e, w_in[e], None if b_in is None else b_in[e], h[own])
+        _product(_activate(h_e, activation), w_out[e], None if b_out is None else b_out[e], y_rows[own])
+    return _combine(y_rows, _position(order, slots), weight), h[: len(order)]
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, w_in, b_in, w_out, b_out; zero for the parameters of an expert without rows.
+
+    The experts' outputs are not kept: with y = a w_out + b_out, the gradient of a slot's weight is
+    <grad_y, y> = <grad_y w_out^T, a> + <grad_y, b_out>, and grad_y w_out^T is needed anyway.
+    """
+    slots, bounds, step = weight.shape[1], offsets.tolist(), _row_step(x)
+    x, grad_y = x.contiguous(), grad_y.contiguous()
+    tokens = order // slots
+    weight_rows = weight.flatten().index_select(0, order)
+    grad_weight_rows = torch.empty_like(weight_rows)
+    grad_x_rows = x.new_empty(len(order) + step, x.shape[1])
+    grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    grad_b_in, grad_b_out = w_in.new_empty(w_in.shape[0], w_in.shape[2]), w_out.new_empty(w_out.shape[0], x.shape[1])
+    for e, (start, stop) in enumerate(pairwise(bounds)):
+        if start == stop:
+            for grad in (grad_w_in, grad_b_in, grad_w_out, grad_b_out):
+                grad[e].zero_()
+            continue
+        m = stop - start
+        x_e, grad_y_e = _gather(x, tokens[start:stop], step), _gather(grad_y, tokens[start:stop], step)
+        h_e = x.new_zeros(len(x_e), h.shape[1]) if m % step else h[start:stop]
+        if m % step:
+            h_e[:m] = h[start:stop]
+        a_e = _activate(h_e, activation)
+        grad_a = grad_y_e @ w_out[e].t()
+        grad_weight = (grad_a * a_e)[:m].sum(-1, dtype=weight.dtype)
+        if b_out is not None:
+            grad_weight += (grad_y_e[:m] @ b_out[e]).to(weight.dtype)
+        grad_weight_rows[start:stop] = grad_weight
+        scale = weight_rows[start:stop, None].to(x.dtype)
+        grad_a[:m] *= scale
+        a_e[:m] *= scale
+        torch.mm(a_e.t(), grad_y_e, out=grad_w_out[e])
+        torch.mv(grad_y_e[:m].t(), scale[:, 0], out=grad_b_out[e])
+        grad_h = _activate_backward(grad_a, h_e, activation)
+        torch.mm(x_e.t(), grad_h, out=grad_w_in[e])
+        torch.sum(grad_h, 0, out=grad_b_in[e])
+        torch.mm(grad_h, w_in[e].t(), out=grad_x_rows[start : start + len(x_e)])
+    position = _position(order, slots)
+    grad_weight = grad_weight_rows[position]
+    return _combine(grad_x_rows, position, None), grad_weight, grad_w_in, grad_b_in, grad_w_out, grad_b_out

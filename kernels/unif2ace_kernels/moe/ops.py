@@ -1,0 +1,307 @@
+"""The three ops of the room: `route`, `experts`, `mix`. Schema, implementations, fake, autograd, public function each.
+
+Each is a coarse forward op and a coarse backward op, so autograd, torch.compile and CUDA graphs see two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import expect, expect_choice, expect_tensor
+from .._library import Implementation, register
+from . import experts_torch, mix_torch, route_torch
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _torch(function) -> tuple[Implementation, ...]:
+    return (Implementation("torch", ("cpu", "cuda"), function),)
+
+
+class Routing(NamedTuple):
+    """Where each token goes, and the statistics of the routers.
+
+    E routed experts over all groups, shared experts after them: of group g, expert indices
+    E + shared * g ... E + shared * (g + 1) - 1. A token has S = K + shared slots, the K routed ones first; slot s of
+    token t has the number t * S + s.
+
+    Attributes:
+        expert: [T, S] int64, index of each slot's expert.
+        weight: [T, S] float32 (float64 for float64 logits), differentiable; 1 for a shared expert.
+        counts: [E + shared * G] int64, slots of each expert.
+        offsets: [E + shared * G + 1] int64, running sum of `counts` from 0.
+        order: [T * S] int64, slot numbers sorted by expert, in token order within one:
+            order[offsets[e] : offsets[e + 1]] are the slots of expert e.
+        frequency: [E], f_i = N_g / (K T_g) * counts_i: 1 for every expert under balanced load, 0 in a group without
+            tokens. Not differentiable.
+        probability: [E], P_i, mean over the group's tokens of the (for sigmoid: normalised) score; differentiable.
+        balance_loss: scalar, sum over groups of balance_coef_g * sum_i f_i P_i; differentiable.
+        z_loss: scalar, z_coef * mean over all T tokens of logsumexp(logits of the token's group)^2; differentiable.
+    """
+
+    expert: Tensor
+    weight: Tensor
+    counts: Tensor
+    offsets: Tensor
+    order: Tensor
+    frequency: Tensor
+    probability: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------- route
+
+
+def _route_fake(
+    logits, group_ids, group_sizes, top_k, shared, balance_coef, normalize, scoring, selection_bias, z_coef
+):
+    tokens, routed, slots = logits.shape[0], sum(group_sizes), top_k + shared
+    experts_total = routed + shared * len(group_sizes)
+    statistics = logits.new_empty(routed, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = group_ids.new_empty(0, dtype=torch.int64)
+    return (
+        index.new_empty(tokens, slots), statistics.new_empty(tokens, slots), index.new_empty(experts_total),
+        index.new_empty(experts_total + 1), index.new_empty(tokens * slots), statistics, torch.empty_like(statistics),
+        statistics.new_empty(()), statistics.new_empty(()),
+    )  # fmt: skip
+
+
+def _route_setup(ctx, inputs, output):
+    logits, group_ids, ctx.group_sizes, ctx.top_k, _, ctx.balance_coef, ctx.normalize, ctx.scoring, _, ctx.z_coef = (
+        inputs
+    )
+    expert, _, counts, offsets, order, frequency = output[:6]
+    ctx.mark_non_differentiable(expert, counts, offsets, order, frequency)
+    ctx.save_for_backward(logits, group_ids, expert, frequency)
+
+
+def _route_autograd(ctx, _expert, weight, _counts, _offsets, _order, _frequency, probability, balance_loss, z_loss):
+    grad_logits = _route_backward(
+        weight, probability, balance_loss, z_loss, *ctx.saved_tensors,
+        ctx.group_sizes, ctx.top_k, ctx.balance_coef, ctx.normalize, ctx.scoring, ctx.z_coef,
+    )  # fmt: skip
+    return grad_logits, *[None] * 9
+
+
+_route_backward = register(
+    "moe_route_backward(Tensor grad_weight, Tensor grad_probability, Tensor grad_balance_loss, Tensor grad_z_loss,"
+    " Tensor logits, Tensor group_ids, Tensor expert, Tensor frequency, int[] group_sizes, int top_k,"
+    " float[] balance_coef, bool normalize, str scoring, float z_coef) -> Tensor",
+    implementations=_torch(route_torch.backward),
+    fake=lambda grad_weight, p, b, z, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+_route = register(
+    "moe_route(Tensor logits, Tensor group_ids, int[] group_sizes, int top_k, int shared, float[] balance_coef,"
+    " bool normalize, str scoring, Tensor? selection_bias, float z_coef)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementations=_torch(route_torch.forward),
+    fake=_route_fake,
+    setup_context=_route_setup,
+    backward=_route_autograd,
+)
+
+
+def route(
+    logits: Tensor,
+    group_ids: Tensor,
+    group_sizes: Sequence[int],
+    top_k: int,
+    *,
+    shared: int = 0,
+    balance_coef: float | Sequence[float] = 0.0,
+    normalize: bool = True,
+    scoring: str = "softmax",
+    selection_bias: Tensor | None = None,
+    z_coef: float = 0.0,
+) -> Routing:
+    """Choose top_k experts for each token among its group's, and account for their load.
+
+    Scores s are the softmax, or the sigmoid, of the token's group's logits, in float32. The K largest s +
+    selection_bias are chosen and weighted by s, without the bias (DeepSeek-V3, arXiv 2412.19437, eq. 12-16), divided
+    by their sum if `normalize`. balance_loss = sum_g balance_coef_g sum_{i in g} f_i P_i, with f and P scaled as in
+    DeepSeekMoE (arXiv 2401.06066, eq. 12-14; DeepSeek-V3 eq. 17-20 for the sigmoid): under balanced load or uniform
+    scores it is sum_g balance_coef_g over the groups that have tokens. z_loss is ST-MoE's (arXiv 2202.08906, eq. 5).
+
+    Args:
+        logits: [T, E], E = sum(group_sizes); group g owns the columns from sum(group_sizes[:g]). Columns of the other
+            groups are not read. float64 is computed in float64, everything else in float32.
+        group_ids: [T] int, 0 <= id < G. Checked on the CPU; on CUDA, where looking costs a synchronisation, an id out
+            of range is undefined behaviour.
+        group_sizes: routed experts of each group.
+        top_k: K, at most the smallest group.
+        shared: always-on experts of each group; they get weight 1 and the indices from E (see `Routing`).
+        balance_coef: lambda, one for all groups or one each.
+        normalize: whether the K weights of a token sum to 1.
+        scoring: "softmax" or "sigmoid".
+        selection_bias: [E] float, added for the choice only; no gradient.
+        z_coef: coefficient of the z loss.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    sizes = tuple(group_sizes)
+    expect(len(sizes) > 0 and min(sizes) > 0, "group_sizes", "a positive size for each group", sizes)
+    expect_tensor(logits, "logits", shape=["T", sum(sizes)], dtypes=_FLOATS)
+    expect_tensor(group_ids, "group_ids", shape=[logits.shape[0]], dtypes=(torch.int64, torch.int32, torch.int16,
+                  torch.int8, torch.uint8), device_of=("logits", logits))  # fmt: skip
+    expect(1 <= top_k <= min(sizes), "top_k", f"1 <= top_k <= {min(sizes)}, the smallest group", top_k)
+    expect(shared >= 0, "shared", "shared >= 0", shared)
+    coefs = [float(balance_coef)] * len(sizes) if isinstance(balance_coef, (int, float)) else list(balance_coef)
+    expect(len(coefs) == len(sizes), "balance_coef", f"one value or {len(sizes)}, one a group", coefs)
+    expect_choice(scoring, "scoring", ("softmax", "sigmoid"))
+    if selection_bias is not None:
+        expect_tensor(
+            selection_bias, "selection_bias", shape=[sum(sizes)], dtypes=_FLOATS, device_of=("logits", logits)
+        )
+        selection_bias = selection_bias.detach()
+    return Routing(*_route(logits, group_ids, sizes, top_k, shared, coefs, normalize, scoring, selection_bias, z_coef))
+
+
+# -------------------------------------------------------------------------------------------------------- experts
+
+
+def _experts_fake(x, weight, order, offsets, w_in, b_in, w_out, b_out, activation):
+    return x.new_empty(x.shape), x.new_empty(order.shape[0], w_in.shape[2])
+
+
+def _experts_setup(ctx, inputs, output):
+    x, weight, order, offsets, w_in, b_in, w_out, b_out, ctx.activation = inputs
+    ctx.has_bias = b_in is not None, b_out is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], weight, order, offsets, w_in, w_out, b_out)
+
+
+def _experts_autograd(ctx, grad_y, _grad_h):
+    x, weight, w_in, b_in, w_out, b_out = _experts_backward(grad_y, *ctx.saved_tensors, ctx.activation)
+    has_in, has_out = ctx.has_bias
+    return x, weight, None, None, w_in, b_in if has_in else None, w_out, b_out if has_out else None, None
+
+
+def _experts_backward_fake(grad_y, x, h, weight, order, offsets, w_in, w_out, b_out, activation):
+    b_in, b_out = w_in.new_empty(w_in.shape[0], w_in.shape[2]), w_out.new_empty(w_out.shape[0], w_out.shape[2])
+    return (x.new_empty(x.shape), weight.new_empty(weight.shape), w_in.new_empty(w_in.shape), b_in,
+            w_out.new_empty(w_out.shape), b_out)  # fmt: skip
+
+
+_experts_backward = register(
+    "moe_experts_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor order, Tensor offsets,"
+    " Tensor w_in, Tensor w_out, Tensor? b_out, str activation)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementations=_torch(experts_torch.backward),
+    fake=_experts_backward_fake,
+)
+_experts = register(
+    "moe_experts(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor w_in, Tensor? b_in, Tensor w_out,"
+    " Tensor? b_out, str activation) -> (Tensor, Tensor)",
+    implementations=_torch(experts_torch.forward),
+    fake=_experts_fake,
+    setup_context=_experts_setup,
+    backward=_experts_autograd,
+)
+
+
+def experts(
+    x: Tensor,
+    routing: Routing,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    activation: str,
+) -> Tensor:
+    """y_t = sum_s weight_ts (act(x_t w_in[e] + b_in[e]) w_out[e] + b_out[e]), e = expert_ts, without padding rows.
+
+    Deterministic. Saves x, the pre-activations and the routing for the backward. An expert without tokens gets zero
+    gradients. Under autocast x and the parameters are cast to its dtype and y has it; the weights stay in float32.
+    For CUDA graphs note that the torch path reads `offsets` on the host.
+
+    Args:
+        x: [T, D] float.
+        routing: of the T tokens, from `route`; its weight is differentiable here.
+        w_in: [E, D, F], or [E, D, 2F] for "swiglu" and "geglu": the gate in the first F columns, the value after it.
+            E counts routed and shared experts, len(routing.counts).
+        b_in: [E, F or 2F] or None.
+        w_out: [E, F, D].
+        b_out: [E, D] or None.
+        activation: "gelu_tanh", "gelu", "relu", "silu", "swiglu" (silu(gate) * value),
+            "geglu" (gelu_tanh(gate) * value).
+
+    Returns:
+        y [T, D] of x's dtype.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+        b_in, b_out = (None if bias is None else bias.to(dtype) for bias in (b_in, b_out))
+    expect_choice(activation, "activation", experts_torch.ACTIVATIONS)
+    expect_tensor(x, "x", shape=["T", "D"], dtypes=_FLOATS)
+    total, (tokens, hidden) = routing.counts.shape[0], x.shape
+    like_x = {"dtypes": (x.dtype,), "device_of": ("x", x)}
+    expect_tensor(routing.weight, "routing.weight", shape=[tokens, "S"], dtypes=_FLOATS, device_of=("x", x))
+    expect_tensor(w_out, "w_out", shape=[total, "F", hidden], **like_x)
+    width = w_out.shape[1] * (2 if activation in experts_torch.GATED else 1)
+    expect_tensor(w_in, "w_in", shape=[total, hidden, width], **like_x)
+    if b_in is not None:
+        expect_tensor(b_in, "b_in", shape=[total, width], **like_x)
+    if b_out is not None:
+        expect_tensor(b_out, "b_out", shape=[total, hidden], **like_x)
+    return _experts(x, routing.weight, routing.order, routing.offsets, w_in, b_in, w_out, b_out, activation)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ mix
+
+
+def _mix_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _mix_autograd(ctx, grad_y):
+    return _mix_backward(grad_y, *ctx.saved_tensors)
+
+
+_mix_backward = register(
+    "moe_mix_backward(Tensor grad_y, Tensor x, Tensor coef, Tensor injected) -> (Tensor, Tensor, Tensor)",
+    implementations=_torch(mix_torch.backward),
+    fake=lambda grad_y, *inputs: tuple(each.new_empty(each.shape) for each in inputs),
+)
+_mix = register(
+    "moe_mix(Tensor x, Tensor coef, Tensor injected) -> Tensor",
+    implementations=_torch(mix_torch.forward),
+    fake=lambda x, coef, injected: x.new_empty(x.shape),
+    setup_context=_mix_setup,
+    backward=_mix_autograd,
+)
+
+
+def mix(x: Tensor, coef: Tensor, injected: Tensor) -> Tensor:
+    """y_b = coef_b0 x_b + sum_m coef_b(1+m) injected_bm: the sequence-level mixture in one pass over x.
+
+    Sums in float32 (float64 for float64) and rounds once. Under autocast `injected` is cast to x's dtype.
+
+    Args:
+        x: [B, L, D] float.
+        coef: [B, 1 + M] float.
+        injected: [B, M, L, D] of x's dtype; M may be 0.
+
+    Returns:
+        y [B, L, D] of x's dtype.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    expect_tensor(x, "x", shape=["B", "L", "D"], dtypes=_FLOATS)
+    if torch.is_autocast_enabled(x.device.type):
+        injected = injected.to(x.dtype)
+    batch, length, hidden = x.shape
+    expect_tensor(injected, "injected", shape=[batch, "M", length, hidden], dtypes=(x.dtype,), device_of=("x", x))
+    expect_tensor(coef, "coef", shape=[batch, 1 + injected.shape[1]], dtypes=_FLOATS, device_of=("x", x))
+    return _mix(x, coef, injected)

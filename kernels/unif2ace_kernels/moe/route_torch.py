@@ -1,0 +1,167 @@
+"""Routing in vectorised torch: scores, selection, the order of the slots, balance and z losses, and their gradient.
+
+A token reads only its group's columns of the logits, so they are gathered into one table of
+N = max(group_sizes) columns, padded where a group is smaller:
+
+    group_sizes (2, 3), logits [T, 5]    token of group 0: columns 0 1 .    (. padding: never chosen, probability 0)
+                                         token of group 1: columns 2 3 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# DeepSeek-V3's guard of the normalisation: sigmoid scores may all underflow, softmax ones never do.
+_TINY = 1e-20
+
+
+def _columns(group_ids: Tensor, group_sizes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Column of the logits for each entry of the table [T, N], and which entries are padding (None: none are)."""
+    device, width = group_ids.device, max(group_sizes)
+    sizes = torch.tensor(group_sizes, device=device)
+    first = sizes.cumsum(0) - sizes
+    local = torch.arange(width, device=device)
+    if min(group_sizes) == width:
+        return first[group_ids][:, None] + local, None
+    padding = (local >= sizes[:, None])[group_ids]
+    return (first[group_ids][:, None] + local).masked_fill(padding, 0), padding
+
+
+def _scores(table: Tensor, padding: Tensor | None, scoring: str) -> Tensor:
+    """Scores [T, N] of a token for its group's experts; 0 in the padding."""
+    if padding is not None:
+        table = table.masked_fill(padding, float("-inf"))
+    return table.softmax(-1) if scoring == "softmax" else table.sigmoid()
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _tokens_of_group(group_ids: Tensor, groups: int) -> Tensor:
+    """Number of tokens of each group, at least 1 so that an empty group's statistics are 0 and not 0 / 0."""
+    return torch.bincount(group_ids, minlength=groups).clamp(min=1)
+
+
+def _per_expert(value_of_group: Tensor, group_sizes: Sequence[int]) -> Tensor:
+    """[G] -> [E]: each routed expert gets its group's value."""
+    sizes = torch.tensor(group_sizes, device=value_of_group.device)
+    return value_of_group.repeat_interleave(sizes, output_size=sum(group_sizes))
+
+
+def forward(
+    logits: Tensor,
+    group_ids: Tensor,
+    group_sizes: Sequence[int],
+    top_k: int,
+    shared: int,
+    balance_coef: Sequence[float],
+    normalize: bool,
+    scoring: str,
+    selection_bias: Tensor | None,
+    z_coef: float,
+) -> tuple[Tensor, ...]:
+    """See `ops.route`; returns its fields in order."""
+    groups, routed, tokens = len(group_sizes), sum(group_sizes), len(logits)
+    if group_ids.device.type == "cpu" and tokens:
+        low, high = (int(bound) for bound in group_ids.aminmax())
+        if low < 0 or high >= groups:
+            raise ValueError(f"group_ids: expected values in [0, {groups}), got values in [{low}, {high}]")
+    group_ids = group_ids.long()
+    dtype = _compute_dtype(logits)
+    columns, padding = _columns(group_ids, group_sizes)
+    table = logits.gather(1, columns).to(dtype)
+    score = _scores(table, padding, scoring)
+    by = score if selection_bias is None else score + selection_bias.to(dtype)[columns]
+    if padding is not None:
+        by = by.masked_fill(padding, float("-inf"))
+    chosen = by.topk(top_k).indices
+    picked = score.gather(1, chosen)
+    weight = picked / (picked.sum(-1, keepdim=True) + _TINY) if normalize else picked
+    expert = columns.gather(1, chosen)
+
+    tokens_of_group = _tokens_of_group(group_ids, groups)
+    share = score if scoring == "softmax" else score / (score.sum(-1, keepdim=True) + _TINY)
+    # index_add_ of narrow rows crawls; a one-hot product over the G groups does the same sum at memory speed.
+    in_group = torch.nn.functional.one_hot(group_ids, groups).to(dtype)
+    mean = torch.where(in_group.bool().t()[:, :, None], share, 0).sum(1) / tokens_of_group[:, None]
+    probability = torch.cat([mean[g, :size] for g, size in enumerate(group_sizes)])
+
+    if shared:
+        always = routed + shared * group_ids[:, None] + torch.arange(shared, device=logits.device)
+        expert = torch.cat([expert, always], 1)
+        weight = torch.cat([weight, weight.new_ones(tokens, shared)], 1)
+    counts = torch.bincount(expert.flatten(), minlength=routed + shared * groups)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    order = expert.flatten().sort(stable=True).indices
+
+    sizes = torch.tensor(group_sizes, dtype=dtype, device=logits.device)
+    frequency = counts[:routed] * _per_expert(sizes / (top_k * tokens_of_group), group_sizes)
+    coef = _per_expert(torch.tensor(balance_coef, dtype=dtype, device=logits.device), group_sizes)
+    balance_loss = (coef * frequency * probability).sum()
+    z_loss = logits.new_zeros((), dtype=dtype)
+    if z_coef:
+        z_loss = z_coef * _logsumexp(table, padding).square().sum() / max(tokens, 1)
+    return expert, weight, counts, offsets, order, frequency, probability, balance_loss, z_loss
+
+
+def _logsumexp(table: Tensor, padding: Tensor | None) -> Tensor:
+    if padding is not None:
+        table = table.masked_fill(padding, float("-inf"))
+    return table.logsumexp(-1)
+
+
+def backward(
+    grad_weight: Tensor,
+    grad_probability: Tensor,
+    grad_balance_loss: Tensor,
+    grad_z_loss: Tensor,
+    logits: Tensor,
+    group_ids: Tensor,
+    expert: Tensor,
+    frequency: Tensor,
+    group_sizes: Sequence[int],
+    top_k: int,
+    balance_coef: Sequence[float],
+    normalize: bool,
+    scoring: str,
+    z_coef: float,
+) -> Tensor:
+    """Gradient of the logits [T, E]: scores are computed again from the logits, f is a constant."""
+    group_ids = group_ids.long()
+    dtype = _compute_dtype(logits)
+    columns, padding = _columns(group_ids, group_sizes)
+    table = logits.gather(1, columns).to(dtype)
+    score = _scores(table, padding, scoring)
+    chosen = expert[:, :top_k] - columns[:, :1]
+    grad_picked = grad_weight[:, :top_k].to(dtype)
+    if normalize:
+        picked = score.gather(1, chosen)
+        total = picked.sum(-1, keepdim=True) + _TINY
+        grad_picked = (grad_picked - (grad_picked * picked / total).sum(-1, keepdim=True)) / total
+
+    coef = _per_expert(torch.tensor(balance_coef, dtype=dtype, device=logits.device), group_sizes)
+    per_token = 1 / _per_expert(_tokens_of_group(group_ids, len(group_sizes)), group_sizes).to(dtype)
+    grad_share = ((grad_probability + grad_balance_loss * coef * frequency) * per_token)[columns]
+    if padding is not None:
+        grad_share = grad_share.masked_fill(padding, 0)
+    if scoring == "sigmoid":
+        total = score.sum(-1, keepdim=True) + _TINY
+        grad_share = (grad_share - (grad_share * score / total).sum(-1, keepdim=True)) / total
+    grad_score = grad_share.scatter_add(1, chosen, grad_picked)
+
+    if scoring == "softmax":
+        grad_table = score * (grad_score - (grad_score * score).sum(-1, keepdim=True))
+    else:
+        grad_table = grad_score * score * (1 - score)
+    if z_coef:
+        z = _logsumexp(table, padding)[:, None]
+        probability = score if scoring == "softmax" else _scores(table, padding, "softmax")
+        grad_table = grad_table + grad_z_loss * (2 * z_coef / max(len(logits), 1)) * z * probability
+    if padding is not None:
+        grad_table = grad_table.masked_fill(padding, 0)
+    # scatter_add and not scatter: padding points at column 0, and adds nothing there.
+    return torch.zeros_like(logits).scatter_add_(1, columns, grad_table.to(logits.dtype))
