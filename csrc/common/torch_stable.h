@@ -1,0 +1,31 @@
+// What every room's ops.cpp needs of torch's stable ABI: one binary serves torch 2.11 and later.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Weak, so that kernels compiled by nvcc also link and load beside torch's CPU build, where nothing calls them.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+// As in cuda_runtime.h, which host code does not need otherwise.
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+namespace unif2ace {
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace unif2ace

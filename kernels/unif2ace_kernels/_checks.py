@@ -1,0 +1,56 @@
+"""Argument checks: a ValueError names the argument, what was expected and what came.
+
+Checks look at Python values and tensor metadata only, never at tensor contents, so that they cost no
+device synchronisation and trace cleanly. Checks of contents are the callers' to ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def expect(condition: bool, argument: str, expected: str, received: object) -> None:
+    """Raise ``ValueError("<argument>: expected <expected>, got <received>")`` unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {received}")
+
+
+def expect_tensor(
+    value: object,
+    argument: str,
+    *,
+    shape: Sequence[int | str | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device_of: tuple[str, torch.Tensor] | None = None,
+) -> None:
+    """Check that `value` is a tensor of the given shape, dtype and device.
+
+    Args:
+        shape: one entry a dimension: an int must match, a str names a free dimension (``"T"``), None is free.
+        dtypes: the dtypes that are allowed.
+        device_of: (name, tensor) of the argument whose device `value` must share.
+
+    Raises:
+        ValueError: names `argument`, what was expected and what came.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if shape is not None:
+        matches = value.dim() == len(shape) and all(
+            not isinstance(want, int) or want == have for want, have in zip(shape, value.shape)
+        )
+        wanted = ", ".join("*" if want is None else str(want) for want in shape)
+        expect(matches, argument, f"shape [{wanted}]", f"shape {list(value.shape)}")
+    if dtypes is not None:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        expect(value.dtype in dtypes, argument, f"dtype {allowed}", str(value.dtype).removeprefix("torch."))
+    if device_of is not None:
+        name, other = device_of
+        expect(value.device == other.device, argument, f"device {other.device} (as {name})", value.device)
+
+
+def expect_choice(value: object, argument: str, choices: Sequence[object]) -> None:
+    """Check that `value` is one of `choices`."""
+    expect(value in choices, argument, "one of " + ", ".join(map(repr, choices)), repr(value))

@@ -1,0 +1,181 @@
+"""The one torch.library.Library of the package: schema, implementations by device, fake and autograd of each op.
+
+A room's ops.py calls `register` once an op. An op may have several implementations for a device (compiled C++,
+CUDA C++, Triton, plain torch), given in order of preference; the first that can run here is the one installed, when
+the package is imported, and `explain` says which it is and why the ones before it were passed over. Nothing here
+looks for a device: whether Triton or the compiled extension can be imported is all that is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "unif2ace"
+NATIVE_NAMESPACE = "unif2ace_native"  # where the compiled extension keeps its ops, under the same schemas
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Attributes:
+        name: what `explain` calls it: "torch", "c++", "triton" or "cuda c++".
+        devices: device types it serves.
+        function: the callable of the op's schema; may be None where `missing` gives a reason.
+        missing: why it cannot run in this installation; None when it can.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    function: Callable | None
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation of an op runs for the given tensors, and why the preferred ones do not."""
+
+    op: str
+    device: str
+    implementation: str
+    passed_over: tuple[tuple[str, str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.implementation}"]
+        lines += [f"  not {name}: {why}" for name, why in self.passed_over]
+        return "\n".join(lines)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {}
+
+
+def register(
+    schema: str,
+    *,
+    implementations: Sequence[Implementation],
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Define an op, install its implementations, its fake and (with `backward`) its autograd formula.
+
+    Args:
+        schema: ``"name(Tensor x, ...) -> Tensor"``, without the namespace.
+        implementations: in order of preference; for each device the first that is not `missing` is installed.
+        fake: shape and dtype propagation, as for `torch.library.register_fake`.
+        setup_context, backward: as for `torch.library.register_autograd`.
+
+    Returns:
+        The op's default overload, ``torch.ops.unif2ace.<name>.default``.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _IMPLEMENTATIONS[name] = tuple(implementations)
+    for device, key in _DISPATCH_KEY.items():
+        chosen = _choose(name, device)[0]
+        if chosen is not None:
+            _LIBRARY.impl(name, chosen.function, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _choose(name: str, device: str) -> tuple[Implementation | None, tuple[tuple[str, str], ...]]:
+    passed_over = []
+    for candidate in _IMPLEMENTATIONS[name]:
+        if device not in candidate.devices:
+            continue
+        if candidate.missing is None:
+            return candidate, tuple(passed_over)
+        passed_over.append((candidate.name, candidate.missing))
+    return None, tuple(passed_over)
+
+
+def registered_ops() -> tuple[str, ...]:
+    """Names of every op that the package registered, without the namespace, in order."""
+    return tuple(sorted(_IMPLEMENTATIONS))
+
+
+def explain(op: str, *tensors: torch.Tensor) -> Explanation:
+    """Say which implementation of `op` runs for `tensors`, and why each preferred one does not.
+
+    Args:
+        op: the op's name, with or without the ``unif2ace::`` prefix (see `registered_ops`).
+        tensors: the op's tensor arguments; their device decides. Without any, the CPU is meant.
+
+    Returns:
+        An `Explanation`; ``print`` it for a sentence a line.
+
+    Raises:
+        ValueError: unknown `op`, tensors on several devices, or a device that no implementation serves.
+    """
+    name = op.removeprefix(f"{NAMESPACE}::")
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"op: expected one of {', '.join(registered_ops())}, got {op!r}")
+    devices = sorted({tensor.device.type for tensor in tensors}) or ["cpu"]
+    if len(devices) > 1:
+        raise ValueError(f"tensors: expected all on one device, got {' and '.join(devices)}")
+    chosen, passed_over = _choose(name, devices[0])
+    if chosen is None:
+        known = sorted({device for each in _IMPLEMENTATIONS[name] for device in each.devices})
+        raise ValueError(f"tensors: expected a device of {', '.join(known)}, got {devices[0]}")
+    return Explanation(name, devices[0], chosen.name, passed_over)
+
+
+def _load_extension() -> tuple[str | None, dict[str, str]]:
+    """Load the compiled ops; return why they are not there (None when they are) and what the build left out."""
+    folder = Path(__file__).parent
+    record = folder / "_build.json"
+    missing = json.loads(record.read_text())["missing"] if record.exists() else {}
+    left_out = {part: reason for part, reason in missing.items() if reason is not None}
+    library = folder / "_C_ops.so"
+    if not library.exists():
+        return f"not built: {left_out.get('c++', 'the extension was never built (see kernels/README.md)')}", left_out
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"does not load: {error}", left_out
+    return None, left_out
+
+
+EXTENSION_MISSING, _LEFT_OUT = _load_extension()
+
+
+def compiled(op: str, device: str) -> Implementation:
+    """The compiled implementation of `op`: "c++" for ``"cpu"``, "cuda c++" for ``"cuda"``, or why it is missing."""
+    name = {"cpu": "c++", "cuda": "cuda c++"}[device]
+    missing = EXTENSION_MISSING
+    if missing is None and name in _LEFT_OUT:
+        missing = f"built without it: {_LEFT_OUT[name]}"
+    if missing is None and not _has_native_kernel(op, device):
+        missing = f"the extension that was built has no {op} for {device}: build it again"
+    if missing is not None:
+        return Implementation(name, (device,), None, missing)
+    return Implementation(name, (device,), getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default)
+
+
+def _has_native_kernel(op: str, device: str) -> bool:
+    qualified = f"{NATIVE_NAMESPACE}::{op}"
+    has_schema = torch._C._dispatch_has_kernel(qualified)
+    return has_schema and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEY[device])
+
+
+def build_information() -> dict[str, str]:
+    """Compiler, nvcc, CUDA architectures and torch that the extension was built with.
+
+    Raises:
+        ImportError: the extension's Python module was not built.
+    """
+    from unif2ace_kernels import _C
+
+    return _C.build_information()
