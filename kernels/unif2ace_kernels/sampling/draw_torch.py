@@ -1,0 +1,157 @@
+"""The draw and the re-mask in plain torch, vectorised; runs on any device.
+
+Everything here is a function of a row's own values and of its global index alone: no result depends on which other
+rows share the call, so compaction and batch splits leave every bit as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .._philox import REMASK_STREAM, TOKEN_STREAM, gumbel, random_words, words_at
+
+Tensor = torch.Tensor
+
+# Rows a matrix product takes at once. Fixed, because the rounding of a product may depend on its shape: a tile that
+# is not full is padded. On CPU a tile of float32 logits, [64, 8192], is 2 MB and stays in cache until it is drawn from.
+_TILE_ROWS = {"cpu": 64, "cuda": 4096}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and confidences: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def guide(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+    """(1 + w) cond - w uncond of logits [R, V]; -inf in either branch is -inf."""
+    if uncond is None or guidance == 0:
+        return cond
+    mixed = (1 + guidance) * cond - guidance * uncond
+    return mixed.masked_fill_(cond.isneginf() | uncond.isneginf(), float("-inf"))
+
+
+def _filter(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf for the codes of `scaled` [R, V] that top-k, then top-p, leave out; ties at the border stay."""
+    if 0 < top_k < scaled.shape[-1]:
+        scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1:
+        ordered = scaled.sort(-1, descending=True).values
+        mass = ordered.exp().double().cumsum(-1)
+        mass_above = mass.roll(1, -1)
+        mass_above[:, 0] = 0
+        # The largest is always in; `in_nucleus` is a prefix, so its length less one points at the smallest kept value.
+        in_nucleus = mass_above < top_p * mass[:, -1:]
+        smallest = ordered.gather(-1, in_nucleus.sum(-1, keepdim=True).sub_(1).clamp_(min=0))
+        scaled = scaled.masked_fill(scaled < smallest, float("-inf"))
+    return scaled
+
+
+def _confidence(shifted: Tensor, code: Tensor, kind: str) -> Tensor:
+    """Confidence [R] in the drawn `code` [R], from logits less their row's largest, `shifted` [R, V]."""
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    if kind == "log_prob":
+        return shifted.gather(-1, code[:, None])[:, 0] - total.log()
+    if kind == "neg_entropy":
+        return (weights * shifted.masked_fill(shifted.isneginf(), 0)).sum(-1) / total - total.log()
+    if shifted.shape[-1] == 1:
+        return torch.ones_like(total)
+    second = shifted.topk(2).values[:, 1]
+    return (1 - second.exp()) / total
+
+
+def draw(
+    logits: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
+    temperature: float, top_k: int, top_p: float, confidence: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(code [R] int64, confidence [R], possible [R] bool) from guided logits [R, V] in float32 or float64.
+
+    A row whose largest logit is not finite has no distribution: it is not `possible`.
+    """
+    peak = logits.amax(-1, keepdim=True)
+    shifted = logits - peak
+    score = shifted
+    if temperature > 0:
+        noise = gumbel(random_words(seed, offset, rows, logits.shape[-1], TOKEN_STREAM))
+        score = _filter(shifted / temperature, top_k, top_p) + noise
+    code = score.argmax(-1)
+    return code, _confidence(shifted, code, confidence), peak[:, 0].isfinite()
+
+
+def _sample_rows(
+    logits_of: Callable[[Tensor], Tensor], ids: Tensor, unknown: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
+    first_code: int, temperature: float, top_k: int, top_p: float, confidence: str, compact: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Draw tile by tile; `logits_of(index)` gives the guided logits of the rows at `index`."""
+    out_ids = ids.clone()
+    out_confidence = torch.full(ids.shape, float("inf"), dtype=dtype, device=ids.device)
+    index = unknown.nonzero()[:, 0] if compact else torch.arange(len(ids), device=ids.device)
+    for tile in index.split(_TILE_ROWS[ids.device.type]):
+        code, value, possible = draw(logits_of(tile), rows[tile], seed, offset, temperature, top_k, top_p, confidence)
+        drawn = unknown[tile]
+        out_ids[tile] = torch.where(drawn & possible, code + first_code, ids[tile])
+        out_confidence[tile] = value.masked_fill(~possible, float("-inf")).masked_fill(~drawn, float("inf"))
+    return out_ids, out_confidence
+
+
+def sample_logits(
+    cond: Tensor, uncond: Tensor | None, ids: Tensor, unknown: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
+    first_code: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, confidence: str,
+    compact: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op `sample_logits`; see ops.py."""
+    dtype = compute_dtype(cond.dtype)
+    window = slice(first_code, first_code + codes)
+
+    def logits_of(index: Tensor) -> Tensor:
+        branches = (None if each is None else each[index, window].to(dtype) for each in (cond, uncond))
+        return guide(*branches, guidance)
+
+    return _sample_rows(
+        logits_of, ids, unknown, rows, seed, offset, first_code, temperature, top_k, top_p, confidence, compact, dtype
+    )
+
+
+def sample_hidden(
+    h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor, unknown: Tensor,
+    rows: Tensor, seed: Tensor, offset: Tensor, first_code: int, codes: int, guidance: float, temperature: float,
+    top_k: int, top_p: float, confidence: str, compact: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op `sample_hidden`; see ops.py."""
+    dtype = compute_dtype(weight.dtype)
+    weight = weight[first_code : first_code + codes]
+    bias = None if bias is None else bias[first_code : first_code + codes].to(weight.dtype)
+    tile_rows = _TILE_ROWS[ids.device.type]
+
+    def logits_of(index: Tensor) -> Tensor:
+        hidden = h_cond[index].to(dtype)
+        if h_uncond is not None and guidance != 0:
+            hidden = (1 + guidance) * hidden - guidance * h_uncond[index].to(dtype)
+        hidden = torch.nn.functional.pad(hidden.to(weight.dtype), (0, 0, 0, tile_rows - len(index)))
+        return torch.nn.functional.linear(hidden, weight, bias)[: len(index)].to(dtype)
+
+    return _sample_rows(
+        logits_of, ids, unknown, rows, seed, offset, first_code, temperature, top_k, top_p, confidence, compact, dtype
+    )
+
+
+def remask(
+    confidence: Tensor, unknown: Tensor, count: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
+    temperature: float, ties: str,
+) -> Tensor:
+    """The op `remask`; see ops.py."""
+    # A position without a distribution is forgotten first; a confidence of +inf still ranks below a known token's.
+    largest = torch.finfo(confidence.dtype).max
+    confidence = confidence.nan_to_num(nan=float("-inf"), posinf=largest, neginf=float("-inf"))
+    if temperature > 0:
+        confidence = confidence + temperature * gumbel(words_at(seed, offset, rows, 0, REMASK_STREAM))
+    confidence = confidence.clamp(max=largest).masked_fill(~unknown, float("inf"))
+    if ties == "showo":
+        cut = confidence.sort(-1).values.gather(-1, count.clamp(0, confidence.shape[-1] - 1)[:, None])
+        return (confidence < cut) & unknown
+    order = confidence.sort(dim=-1, stable=True).indices
+    mask = torch.zeros_like(unknown)
+    among_lowest = torch.arange(confidence.shape[-1], device=count.device) < count[:, None]
+    return mask.scatter(-1, order, among_lowest) & unknown
