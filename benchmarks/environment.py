@@ -1,0 +1,77 @@
+"""What a result was measured on: commit, versions, device, threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> dict[str, object]:
+    """Commit and whether files beside the results differ from it; COMMIT in the environment where git is missing."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return {"commit": os.environ.get("COMMIT"), "dirty": None}
+    return {"commit": head, "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))}
+
+
+def versions() -> dict[str, str | None]:
+    """Python's and the packages' versions; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "unif2ace"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def implementations(device_type: str) -> dict[str, str]:
+    """Which implementation of each of the package's ops runs on the device."""
+    import torch
+    from unif2ace_kernels import d3diff, moe, random, sampling  # noqa: F401  their import registers the ops
+    from unif2ace_kernels._library import explain, registered_ops
+
+    tensor = torch.empty(0, device=device_type)
+    return {op: explain(op, tensor).implementation for op in registered_ops()}
+
+
+def describe(device_type: str) -> dict[str, object]:
+    """The fields that every result line carries."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device_type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
+    return {
+        **commit(),
+        "versions": versions(),
+        "implementations": implementations(device_type),
+        "device": device_type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+    }

@@ -1,0 +1,274 @@
+"""Everything that a GPU machine can tell about the package, in one command that ends in time.
+
+    python -m benchmarks.gpu --out DIR [--budget SECONDS] [--stages tests,bench] [--dry-run]
+
+Needs no network and installs nothing into the machine: Python with torch (and its Triton), nvcc where there is one.
+Stages run one after the other, each in a process of its own with its own slice of the time that is left; one that
+fails, hangs or crashes does not stop the next. Left in DIR, valid after every stage: gpu.json (what each stage did),
+benches.jsonl (see run.py), stages.log (all output). The exit status is 1 if a stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .environment import ROOT, commit, versions
+
+OK, FAILED, TIMEOUT, NOT_RUN = "ok", "failed", "timeout", "not run"
+NO_CUDA = "no CUDA device"
+MIN_SLICE_S = 3.0  # less is left: the stage is not begun
+TAIL = 6000  # characters of a stage's output that gpu.json keeps
+_PYTHON = sys.executable
+
+_REPORT = """
+import json, torch
+found = {"torch_cuda": torch.version.cuda, "cuda": torch.cuda.is_available()}
+if found["cuda"]:
+    p = torch.cuda.get_device_properties(0)
+    found |= {"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory,
+              "multiprocessors": p.multi_processor_count}
+print(json.dumps(found))
+"""
+_EXPLAIN = """
+import sys, torch
+from unif2ace_kernels import d3diff, moe, random, sampling
+from unif2ace_kernels._library import explain, registered_ops
+for op in registered_ops():
+    print(explain(op, torch.empty(0, device=sys.argv[1])))
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of the run.
+
+    Attributes:
+        name: ``"tests gpu"``; --stages matches its beginning.
+        command: argument list, run in the repository's root.
+        seconds: the most it may take.
+        missing: why it cannot run here; None where it can.
+        environment: variables set beside the machine's.
+        empty_code: the exit status that means that there was nothing to do.
+    """
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    missing: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    empty_code: int | None = None
+
+
+def _python(*arguments: str) -> list[str]:
+    return [_PYTHON, *arguments]
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a command prints, or why it does not run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not available: {error}"
+    return (done.stdout + done.stderr).strip()
+
+
+def machine() -> dict:
+    """GPU, driver, compiler and package versions, found without importing torch into this process."""
+    report = _output(_python("-c", _REPORT)).splitlines()
+    try:
+        found = json.loads(report[-1])
+    except (IndexError, json.JSONDecodeError):
+        found = {"cuda": False, "torch": "\n".join(report)[-2000:]}
+    nvcc = _output(["nvcc", "--version"]).splitlines()
+    return {
+        **found,
+        "nvidia_smi": _output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm", "--format=csv"]),
+        "nvcc": next((line for line in nvcc if "release" in line), nvcc[-1] if nvcc else "not available"),
+        "versions": versions(),
+        "cores": os.cpu_count(),
+    }
+
+
+def pytest_folder(wheels: Path) -> tuple[str | None, str | None]:
+    """(folder to put on the path, why there is no pytest); the folder is None where pytest is installed already."""
+    if importlib.util.find_spec("pytest") is not None:
+        return None, None
+    if not list(wheels.glob("pytest-*.whl")):
+        return None, f"pytest is not installed and {wheels} has no wheel of it"
+    folder = tempfile.mkdtemp(prefix="pytest-")
+    install = _python("-m", "pip", "install", "-q", "--no-index", "--find-links", str(wheels), "--target", folder)
+    said = _output([*install, "pytest"])
+    return (folder, None) if (Path(folder) / "pytest").is_dir() else (None, f"pytest's wheel does not install: {said}")
+
+
+def plan(found: Mapping, out: Path, *, dry_run: bool) -> list[Stage]:
+    """The stages in order of importance. A dry run starts what the real one would, on nothing: it collects tests,
+    lists cases and times the smallest of them on the CPU."""
+    cuda = bool(found.get("cuda"))
+    device = "cuda" if cuda else "cpu"
+    needs_cuda = None if cuda or dry_run else NO_CUDA
+    not_dry = "a dry run" if dry_run else None if cuda else NO_CUDA
+    major, minor = found.get("capability", (9, 0))
+    archs = {"UNIF2ACE_CUDA_ARCHS": f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")}
+    site, no_pytest = pytest_folder(ROOT / ".whl")
+    with_pytest = {"PYTHONPATH_EXTRA": site} if site else {}
+    collect = ["--collect-only"] if dry_run else []
+
+    def tests(name: str, arguments: list[str], seconds: float, missing: str | None) -> Stage:
+        command = _python("-m", "pytest", "-ra", *arguments, *collect)
+        return Stage(name, command, seconds, no_pytest or missing, with_pytest, empty_code=5)
+
+    def bench(op: str, seconds: float, *more: str) -> Stage:
+        how = ["--list", "--device", "cuda"] if dry_run else ["--device", "cuda", "--json", str(out / "benches.jsonl")]
+        command = _python("-m", "benchmarks.run", "--op", op, "--seconds", "1", *how, *more)
+        name = " ".join(["bench", op, *("compiled" for each in more if each == "torch.compile")])
+        return Stage(name, command, seconds, needs_cuda)
+
+    sanitizer = shutil.which("compute-sanitizer")
+    smallest = ["--smoke", "--op", "random", "--device", device, "--json", str(out / "benches.jsonl")]
+    return [
+        Stage("build", _python("setup.py", "-q", "build_ext", "--inplace"), 150, not_dry, archs),
+        Stage("explain", _python("-c", _EXPLAIN, device), 60),
+        Stage("bench smallest", _python("-m", "benchmarks.run", *smallest), 60),
+        tests("tests gpu", ["-m", "gpu"], 120, needs_cuda),
+        Stage(
+            "sanitizer",
+            [sanitizer or "", "--error-exitcode", "9", *_python("-m", "benchmarks.run", "--smoke", "--check"),
+             "--against", "no baseline", "--device", "cuda"],
+            60,
+            not_dry or (None if sanitizer else "no compute-sanitizer on the path"),
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has bounds of its own
+        ),
+        bench("moe.layer", 75, "--no-compile"),
+        bench("d3diff.loss", 60, "--no-compile"),
+        bench("sampling", 45, "--no-compile"),
+        bench("random", 20),
+        bench("moe.route", 30, "--no-compile"),
+        bench("moe.mix", 30, "--no-compile"),
+        bench("d3diff.n", 40, "--no-compile"),
+        bench("d3diff.loss", 80, "--against", "torch.compile", "--shape", "paper"),
+        bench("moe.layer", 80, "--against", "torch.compile", "--shape", "paper-16k"),
+        tests("tests kernels", ["tests/kernels", "-m", "not slow"], 150, needs_cuda),
+        bench("sampling", 60, "--against", "torch.compile", "--shape", "paper-16"),
+    ]  # fmt: skip
+
+
+def run_stage(stage: Stage, seconds: float, log: Path) -> dict:
+    """Run one stage for at most `seconds`; append its output to `log`; say what happened."""
+    path = [stage.environment.get("PYTHONPATH_EXTRA"), str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, **stage.environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    environment["PYTHONUNBUFFERED"] = "1"
+    start = time.monotonic()
+    with log.open("a+b") as output:
+        output.write(f"\n===== {stage.name}: {' '.join(stage.command)[:300]}\n".encode())
+        output.flush()
+        begin = output.tell()
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=seconds)
+            status = OK if code == 0 else NOT_RUN if code == stage.empty_code else FAILED
+        except subprocess.TimeoutExpired:
+            status, code = TIMEOUT, None
+        finally:
+            _end(process)
+        output.seek(begin)
+        tail = output.read().decode(errors="replace")[-TAIL:]
+    return {"status": status, "exit_code": code, "seconds": round(time.monotonic() - start, 2), "tail": tail}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the stage's process group, gently and then not; a group that is gone already is what is wanted."""
+    for sign, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def write_report(report: Mapping, path: Path) -> None:
+    """Replace `path` in one step, so that whoever reads it finds a whole one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)
+
+
+def keep_whole_lines(path: Path) -> None:
+    """Drop a last line that a killed stage left unfinished."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n" * (b"\n" in path.read_bytes()))
+
+
+def run_stages(stages: Sequence[Stage], out: Path, deadline: float, head: Mapping) -> dict:
+    """Run `stages` until `deadline` (monotonic seconds), rewriting gpu.json before and after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    done: list[dict] = []
+    report = {**head, "stages": done}
+    for stage in stages:
+        record: dict = {"name": stage.name, "command": list(stage.command)}
+        done.append(record)
+        left = min(stage.seconds, deadline - time.monotonic())
+        if stage.missing is not None:
+            record |= {"status": NOT_RUN, "reason": stage.missing}
+        elif left < MIN_SLICE_S:
+            record |= {"status": NOT_RUN, "reason": "no time left"}
+        else:
+            record["status"] = "running"
+            write_report(report, out / "gpu.json")
+            try:
+                record |= run_stage(stage, left, out / "stages.log")
+            except OSError as error:
+                record |= {"status": FAILED, "reason": str(error)}
+            keep_whole_lines(out / "benches.jsonl")
+        write_report(report, out / "gpu.json")
+        print(f"{record['status']:>8}  {record.get('seconds', 0):6.1f} s  {stage.name}  {record.get('reason', '')}")
+        if record["status"] in (FAILED, TIMEOUT):
+            print("\n".join("          | " + line for line in record.get("tail", "").splitlines()[-15:]))
+        sys.stdout.flush()
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, benches.jsonl and stages.log")
+    parser.add_argument("--budget", type=float, default=500, help="seconds for everything together")
+    parser.add_argument("--stages", default="", help="comma-separated beginnings of the stages' names; all if empty")
+    parser.add_argument("--dry-run", action="store_true", help="start every stage on next to nothing, CUDA or not")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.budget - 5
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("gpu.json", "benches.jsonl", "stages.log"):
+        (out / name).unlink(missing_ok=True)
+    found = machine()
+    head = {**commit(), "machine": found, "dry_run": options.dry_run, "budget_s": options.budget}
+    print(json.dumps(found, indent=1), flush=True)
+    wanted = tuple(each.strip() for each in options.stages.split(","))
+    stages = [stage for stage in plan(found, out, dry_run=options.dry_run) if stage.name.startswith(wanted)]
+    report = run_stages(stages, out, deadline, head)
+    counts = Counter(record["status"] for record in report["stages"])
+    print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; results in {out}")
+    return 1 if counts[FAILED] or counts[TIMEOUT] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Clocks and meters: interleaved timing, peak memory, kernel launches, and what the device can do at best."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .case import Run
+
+MIN_SAMPLE_S = 2e-3  # a CPU sample repeats its call until it is this long: the clock and the call's own noise
+MIN_ROUNDS, MAX_ROUNDS = 7, 50
+_FLUSH_BYTES = 256 << 20  # several times any L2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of samples."""
+
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, q1, q3)
+
+
+def rotated(names: Sequence[str], turn: int) -> list[str]:
+    """The contenders in the order of round `turn`: each is first, second, ... equally often."""
+    turn %= len(names)
+    return [*names[turn:], *names[:turn]]
+
+
+def interleaved(
+    contenders: Mapping[str, Run], device: torch.device, seconds: float, max_rounds: int = MAX_ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds a call, one sample of every contender a round, so that a drift of the machine meets all alike.
+
+    Args:
+        contenders: name -> callable; each has run before (warm).
+        seconds: time to spend on all rounds together; at least `MIN_ROUNDS` are made whatever they take.
+    """
+    sample = _CudaSample(device) if device.type == "cuda" else _cpu_sample
+    once = {name: sample(run, 1) for name, run in contenders.items()}
+    inner = {
+        name: 1 if device.type == "cuda" else max(1, min(1000, round(MIN_SAMPLE_S / max(took, 1e-6))))
+        for name, took in once.items()
+    }
+    round_s = sum(took * inner[name] for name, took in once.items())
+    rounds = min(max_rounds, max(MIN_ROUNDS, int(seconds / round_s)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        for name in rotated(list(contenders), turn):
+            samples[name].append(sample(contenders[name], inner[name]))
+    return samples
+
+
+def _cpu_sample(run: Run, inner: int) -> float:
+    start = time.perf_counter()
+    for _ in range(inner):
+        run()
+    return (time.perf_counter() - start) / inner
+
+
+class _CudaSample:
+    """Time between two events around a call, with the L2 cache flushed before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Run, inner: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        start.record()
+        for _ in range(inner):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / inner
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Most memory that one call holds beyond what was there before; None where it cannot be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:  # Linux: give freed memory back, reset the high-water mark, read it after
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _proc_status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    run()
+    return _proc_status("VmHWM") - before
+
+
+def _proc_status(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"no {key} in /proc/self/status")
+    return int(found[1]) << 10
+
+
+def cuda_launches(run: Run) -> int:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def host_seconds(run: Run, repeats: int = 10) -> float:
+    """Median time until the call returns, the GPU idle at its start and not waited for."""
+    took = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took)
+
+
+@cache
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read plus written, of a large device-to-device copy."""
+    source = torch.rand((1 << 30 if device.type == "cuda" else 1 << 26), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+
+
+@cache
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product of random matrices."""
+    size = 8192 if device.type == "cuda" and dtype.itemsize < 4 else 4096 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b, device)
+
+
+def _best(run: Run, device: torch.device) -> float:
+    sample = _CudaSample(device) if device.type == "cuda" else _cpu_sample
+    sample(run, 2)
+    return statistics.median(sample(run, 1) for _ in range(9))
+
+
+def floor_seconds(flops: float, moved: float, device: torch.device, dtype: torch.dtype) -> float:
+    """The least time: the larger of arithmetic at the matrix rate and traffic at the copy rate, both measured here."""
+    arithmetic = flops / matmul_rate(device, dtype) if flops else 0.0
+    return max(arithmetic, moved / copy_rate(device))

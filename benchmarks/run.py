@@ -1,0 +1,236 @@
+"""Every op against what a user would otherwise run, in one process and one run.
+
+    python -m benchmarks.run [--op moe] [--against compile] [--device cuda] [--json OUT.jsonl] [--smoke] [--list] ...
+
+A contender is timed only after its outputs met float64's; rounds are interleaved and their order rotates; a ratio
+is taken round by round. One JSON line a (case, contender), also for one that is missing, wrong or broken. The exit
+status is 1 if ours failed, or any contender gave wrong outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .case import OURS, Baseline, Case, Run, Work
+from .environment import describe
+from .measure import (
+    MAX_ROUNDS,
+    Spread,
+    copy_rate,
+    cuda_launches,
+    floor_seconds,
+    host_seconds,
+    interleaved,
+    matmul_rate,
+    peak_bytes,
+)
+
+Record = dict[str, object]
+OK, MISSING, WRONG, ERROR = "ok", "missing", "wrong", "error"
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    *,
+    seconds: float = 3.0,
+    against: str = "",
+    compiling: bool = True,
+    timing: bool = True,
+    max_rounds: int = MAX_ROUNDS,
+) -> list[Record]:
+    """Check and time the contenders of `case`; one record each, ours first, whatever happened to it.
+
+    Args:
+        seconds: time to spend on timing; at most `max_rounds` rounds.
+        against: only baselines whose name contains this.
+        compiling: whether contenders that compile are run.
+        timing: whether the contenders are timed, or only checked.
+    """
+    base: Record = {
+        "op": case.op, "shape": case.shape, "sizes": dict(case.sizes), "source": case.source, "mode": case.mode,
+        "dtype": str(case.dtype).removeprefix("torch."), "flops": case.flops, "bytes": case.bytes,
+    }  # fmt: skip
+    try:
+        torch.manual_seed(0)
+        work = case.build(device)
+    except Exception:
+        return [{**base, "contender": OURS, "status": ERROR, "reason": traceback.format_exc()}]
+
+    records: dict[str, Record] = {}
+    ready: dict[str, Run] = {}
+    baselines = {name: each for name, each in work.baselines.items() if against in name}
+    for name, contender in {OURS: Baseline(work.ours), **baselines}.items():
+        verdict = _admit(contender, work, compiling)
+        records[name] = {**base, "contender": name, **verdict}
+        if verdict["status"] == OK and contender.run is not None:
+            ready[name] = contender.run
+    if timing and OURS in ready:
+        try:
+            _time(case, device, ready, records, seconds, max_rounds)
+        except Exception:
+            records[OURS] |= {"status": ERROR, "reason": traceback.format_exc()}
+    return list(records.values())
+
+
+def _admit(contender: Baseline, work: Work, compiling: bool) -> Record:
+    """Run a contender once and compare its outputs: may it be timed?"""
+    if contender.run is None:
+        return {"status": MISSING, "reason": contender.missing}
+    if contender.compiles and not compiling:
+        return {"status": MISSING, "reason": "it compiles, which this run was told not to do"}
+    try:
+        outputs = contender.run()
+    except Exception as error:  # a peer may fail in any way; the line says which
+        status = ERROR if contender.run is work.ours else MISSING
+        return {"status": status, "reason": f"{type(error).__name__}: {error}"[:2000]}
+    if contender.rate_only:
+        return {"status": OK, "compared": False}
+    error = work.error(outputs)
+    verdict: Record = {"status": OK, "compared": True, "error": _finite(error), "tolerance": work.tolerance}
+    if not error <= work.tolerance:
+        verdict |= {"status": WRONG, "reason": f"error {error:.2e} against float64 is above {work.tolerance:.0e}"}
+    return verdict
+
+
+def _time(
+    case: Case, device: torch.device, ready: dict[str, Run], records: dict[str, Record], seconds: float, rounds: int
+) -> None:
+    """Add the measurements of the admitted contenders to their records."""
+    samples = interleaved(ready, device, seconds, rounds)
+    floor = floor_seconds(case.flops, case.bytes, device, case.dtype)
+    for name, run in ready.items():
+        took = Spread.of(samples[name])
+        ratio = Spread.of([theirs / ours for theirs, ours in zip(samples[name], samples[OURS], strict=True)])
+        records[name] |= {
+            "median_ms": took.median * 1e3,
+            "quartiles_ms": [took.q1 * 1e3, took.q3 * 1e3],
+            "rounds": len(samples[name]),
+            "times_ours": ratio.median,
+            "times_ours_quartiles": [ratio.q1, ratio.q3],
+            "floor_ms": floor * 1e3,
+            "share_of_floor": floor / took.median,
+            "peak_bytes": peak_bytes(run, device),
+        }
+        if device.type == "cuda":
+            records[name] |= {"launches": cuda_launches(run), "host_ms": host_seconds(run) * 1e3}
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None
+
+
+def ceilings(device: torch.device) -> Record:
+    """Copy bandwidth and matrix rates measured now, as a record of its own."""
+    rates = {str(t).removeprefix("torch."): matmul_rate(device, t) for t in (torch.float32, torch.bfloat16)}
+    return {
+        "op": "ceilings",
+        "contender": "torch",
+        "status": OK,
+        "copy_bytes_per_s": copy_rate(device),
+        "matmul_flops_per_s": rates,
+    }
+
+
+def select(cases: Iterable[Case], *, op: str, shape: str, device: str, smoke: bool) -> list[Case]:
+    """The cases asked for: those of `device`, of the tiny set or not, whose op and shape begin and match so."""
+    return [
+        case
+        for case in cases
+        if case.op.startswith(op) and shape in case.shape and case.smoke == smoke and device in case.devices
+    ]
+
+
+def run_all(cases: Sequence[Case], device: torch.device, out: TextIO | None, **options: Any) -> list[Record]:
+    """`run_case` on each; every record becomes a JSON line and a row on stdout as soon as its case is done."""
+    environment = describe(device.type)
+    done: list[Record] = []
+    for case in cases:
+        print(f"\n{case.name}  {dict(case.sizes)}")
+        records = run_case(case, device, **options)
+        for record in records:
+            print(row(record), flush=True)
+            if out is not None:
+                out.write(json.dumps({**record, **environment}) + "\n")
+                out.flush()
+        done += records
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return done
+
+
+def row(record: Record) -> str:
+    """One line of the table."""
+    head = f"  {record['contender']:<34}"
+    if "median_ms" not in record:
+        reason = str(record.get("reason", "not timed")).strip().splitlines()[-1]
+        error = f", error {record['error']:.1e}" if isinstance(record.get("error"), float) else ""
+        return f"{head} {record['status']}: {reason}{error}"
+    low, high = record["quartiles_ms"]  # type: ignore[misc]
+    peak = record["peak_bytes"]
+    text = f"{head}{record['median_ms']:10.3f} ms [{low:.3f}, {high:.3f}]  x{record['times_ours']:<6.2f}"
+    text += f" floor {100 * record['share_of_floor']:5.1f} %"  # type: ignore[operator]
+    text += "" if peak is None else f"  {peak / 2**20:8.1f} MiB"  # type: ignore[operator]
+    return text + (f"  {record['launches']} launches" if "launches" in record else "")
+
+
+def failures(records: Iterable[Record]) -> list[Record]:
+    """Records that make the run a failure: errors, and contenders with wrong outputs."""
+    return [record for record in records if record["status"] in (ERROR, WRONG)]
+
+
+def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:
+    """Command line; `cases` replaces the registry (tests)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", default="", help="only ops whose name starts so, e.g. moe or d3diff.loss")
+    parser.add_argument("--shape", default="", help="only shapes whose name contains this, e.g. paper")
+    parser.add_argument("--against", default="", help="only baselines whose name contains this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time spent on timing each case")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that compile")
+    parser.add_argument("--check", action="store_true", help="compare outputs with float64's and time nothing")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, nothing compiled: does everything run?")
+    parser.add_argument("--json", type=Path, help="append the results to this file, a line each")
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    options = parser.parse_args(arguments)
+    if cases is None:
+        from .cases import CASES as cases
+    chosen = select(cases, op=options.op, shape=options.shape, device=options.device, smoke=options.smoke)
+    if options.list:
+        for case in chosen:
+            print(f"{case.name:<60} {case.source}")
+        return 0
+    if not chosen:
+        parser.error("no case matches; see --list")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device")
+    device = torch.device(options.device)
+    with contextlib.ExitStack() as stack:
+        out = None
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(options.json.open("a"))
+        records = run_all(
+            chosen, device, out, seconds=0.0 if options.smoke else options.seconds, against=options.against,
+            compiling=not (options.no_compile or options.smoke), timing=not options.check,
+            max_rounds=3 if options.smoke else MAX_ROUNDS,
+        )  # fmt: skip
+        if out is not None and not (options.smoke or options.check):
+            out.write(json.dumps({**ceilings(device), **describe(device.type)}) + "\n")
+    failed = failures(records)
+    for record in failed:
+        print(f"\nFAILED {record['op']} {record['shape']} {record['contender']}: {record['reason']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
