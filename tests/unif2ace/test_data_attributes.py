@@ -65,6 +65,19 @@ def test_facing_follows_the_nose_side():
     assert np.isclose(mirrored, -value("facing", left_cheek_shown), atol=1e-4)
 
 
+def test_a_row_of_teeth_is_enough():
+    teeth = face()
+    teeth[46:48, 28:36] = (235, 230, 225)
+    assert value("mouth", teeth) > value("mouth", face()) + 0.2
+
+
+@pytest.mark.parametrize("name", ["mouth", "forehead", "facing"])
+def test_shape_attributes_do_not_follow_the_light(name):
+    other = {"mouth": {"mouth": (235, 230, 225)}, "forehead": {"forehead": (50, 40, 40)}, "facing": {}}[name]
+    contrast = abs(value(name, face(**other)) - value(name, face())) or 1.0
+    assert abs(value(name, (face() * 0.6).astype(np.uint8)) - value(name, face())) < 0.1 * contrast
+
+
 def test_black_picture_has_finite_measures():
     assert np.isfinite(measure(np.zeros((1, 64, 64, 3), np.uint8))).all()
 
