@@ -141,8 +141,8 @@ def plan(found: Mapping, out: Path, *, dry_run: bool) -> list[Stage]:
     smallest = ["--smoke", "--op", "random", "--device", device, "--json", str(out / "benches.jsonl")]
     return [
         Stage("build", _python("setup.py", "-q", "build_ext", "--inplace"), 150, not_dry, archs),
-        Stage("explain", _python("-c", _EXPLAIN, device), 60),
-        Stage("bench smallest", _python("-m", "benchmarks.run", *smallest), 60),
+        Stage("explain", _python("-c", _EXPLAIN, device), 120),
+        Stage("bench smallest", _python("-m", "benchmarks.run", *smallest), 120),
         tests("tests gpu", ["-m", "gpu"], 120, needs_cuda),
         Stage(
             "sanitizer",

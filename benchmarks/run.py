@@ -172,9 +172,9 @@ def row(record: Record) -> str:
     """One line of the table."""
     head = f"  {record['contender']:<34}"
     if "median_ms" not in record:
-        reason = str(record.get("reason", "not timed")).strip().splitlines()[-1]
-        error = f", error {record['error']:.1e}" if isinstance(record.get("error"), float) else ""
-        return f"{head} {record['status']}: {reason}{error}"
+        checked = f"error {record['error']:.1e}" if "error" in record else "not compared"
+        reason = str(record.get("reason", checked)).strip().splitlines()[-1]
+        return f"{head} {record['status']}: {reason}"
     low, high = record["quartiles_ms"]  # type: ignore[misc]
     peak = record["peak_bytes"]
     text = f"{head}{record['median_ms']:10.3f} ms [{low:.3f}, {high:.3f}]  x{record['times_ours']:<6.2f}"
