@@ -8,7 +8,8 @@
 #ifdef __CUDACC__
 #define UNIF2ACE_HOST_DEVICE __host__ __device__ inline
 #else
-#define UNIF2ACE_HOST_DEVICE inline
+// Inlined always, so that the loops that call it are vectorised.
+#define UNIF2ACE_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace unif2ace {

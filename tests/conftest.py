@@ -1,0 +1,91 @@
+"""What every test gets: one thread, fixed seeds, NaN in memory that nothing wrote; and Triton's CPU interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("unif2ace_kernels") is None:  # not installed: test the source tree
+    sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """One thread and fixed seeds, so that a test's result hangs on nothing else."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin give NaN (or the dtype's largest value), so that an element nobody wrote shows."""
+
+    def filling(create):
+        def filled(*args, **kwargs):
+            out = create(*args, **kwargs)
+            if type(out) is torch.Tensor and out.device.type in ("cpu", "cuda") and not out.is_quantized:
+                with torch.no_grad():
+                    if out.is_floating_point() or out.is_complex():
+                        out.fill_(float("nan"))
+                    elif out.dtype != torch.bool:
+                        out.fill_(torch.iinfo(out.dtype).max)
+            return out
+
+        return filled
+
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ]:
+        monkeypatch.setattr(owner, name, filling(getattr(owner, name)))
+
+
+@pytest.fixture
+def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside the test, ``kernel[grid](...)`` runs in Triton's interpreter on CPU tensors, without a GPU.
+
+    Triton decides between compiler and interpreter when a kernel is defined. Here it is decided when one is called,
+    so that the kernels that the same process compiles ahead of time stay what they are. What the interpreter
+    replaces in triton.language is put back afterwards.
+    """
+    pytest.importorskip("triton", reason="needs Triton")
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    interpreted: dict[object, InterpretedFunction] = {}
+
+    def of(kernel: JITFunction) -> InterpretedFunction:
+        return interpreted.setdefault(kernel.fn, InterpretedFunction(kernel.fn))
+
+    def call(self, *args, **kwargs):
+        return of(self)(*args, **kwargs)
+
+    def run(self, *args, grid, warmup, **kwargs):
+        return of(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+
+    owners = [tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base]
+    before = [dict(vars(owner)) for owner in owners]
+    monkeypatch.setattr(JITFunction, "__call__", call)
+    monkeypatch.setattr(JITFunction, "run", run)
+    yield
+    for owner, names in zip(owners, before, strict=True):
+        for name in set(vars(owner)) - set(names):
+            delattr(owner, name)
+        for name, value in names.items():
+            if vars(owner)[name] is not value:
+                setattr(owner, name, value)
