@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .head import RowTerms, accumulation_dtype, logit_gradient_, row_losses, row_terms
+from .head import RowTerms, accumulation_dtype, logit_gradient_, row_losses, row_terms_
 
 
 def _labelled(targets, ignore_index, weights, dtype):
@@ -35,7 +35,7 @@ def logits_torch(
         return logits.new_zeros((), dtype=dtype), ce, lse, mass, hit
     z = logits[:, start:end].index_select(0, rows).to(dtype)
     local_codes = (codes[0] - start, codes[1] - start) if mass_weight is not None else None
-    terms = row_terms(z, targets.index_select(0, rows) - start, local_codes, torch.empty_like(z))
+    terms = row_terms_(z, targets.index_select(0, rows) - start, local_codes)
     ce[rows], lse[rows], hit[rows] = terms.ce, terms.lse, terms.hit
     if terms.mass is not None:
         mass[rows] = terms.mass

@@ -77,7 +77,8 @@ def _cosine(u: torch.Tensor) -> torch.Tensor:
 
 def _arccos(u: torch.Tensor) -> torch.Tensor:
     # acos(u) = 2 asin(sqrt((1 - u) / 2)): acos itself loses half its digits as u -> 1.
-    return (4 / math.pi) * torch.asin(torch.sqrt((1 - u) / 2))
+    # The product rounds to above 1 at u = 0.
+    return ((4 / math.pi) * torch.asin(torch.sqrt((1 - u) / 2))).clamp(max=1)
 
 
 _SCHEDULES = {
