@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import random
 import sys
@@ -78,10 +79,14 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def run(self, *args, grid, warmup, **kwargs):
         return of(self).run(*args, grid=grid, warmup=warmup, **kwargs)
 
+    def bind(self, instance, owner=None):  # x.sum() is tl.sum, a JIT function that is an attribute of tl.tensor
+        return self if instance is None else functools.partial(self, instance)
+
     owners = [tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base]
     before = [dict(vars(owner)) for owner in owners]
     monkeypatch.setattr(JITFunction, "__call__", call)
     monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(JITFunction, "__get__", bind, raising=False)
     yield
     for owner, names in zip(owners, before, strict=True):
         for name in set(vars(owner)) - set(names):
