@@ -14,9 +14,13 @@ from .._philox import REMASK_STREAM, TOKEN_STREAM, gumbel, random_words, words_a
 
 Tensor = torch.Tensor
 
-# Rows a matrix product takes at once. Fixed, because the rounding of a product may depend on its shape: a tile that
-# is not full is padded. On CPU a tile of float32 logits, [64, 8192], is 2 MB and stays in cache until it is drawn from.
-_TILE_ROWS = {"cpu": 64, "cuda": 4096}
+def _tile_rows(device: torch.device, codes: int) -> int:
+    """Rows that are computed at once: a number that depends on the head alone, never on how many rows there are.
+
+    The rounding of a matrix product may depend on its shape, so a tile that is not full is padded. On CPU a tile of
+    float32 logits is 1 or 2 MB and stays in cache until it is drawn from.
+    """
+    return 4096 if device.type == "cuda" else min(max(64, 2**18 // codes), 4096)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +30,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def guide(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
     """(1 + w) cond - w uncond of logits [R, V]; -inf in either branch is -inf."""
-    if uncond is None or guidance == 0:
+    if uncond is None:
         return cond
     mixed = (1 + guidance) * cond - guidance * uncond
     return mixed.masked_fill_(cond.isneginf() | uncond.isneginf(), float("-inf"))
@@ -63,36 +67,40 @@ def _confidence(shifted: Tensor, code: Tensor, kind: str) -> Tensor:
 
 
 def draw(
-    logits: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
+    cond: Tensor, uncond: Tensor | None, rows: Tensor, seed: Tensor, offset: Tensor, guidance: float,
     temperature: float, top_k: int, top_p: float, confidence: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(code [R] int64, confidence [R], possible [R] bool) from guided logits [R, V] in float32 or float64.
+) -> tuple[Tensor, Tensor]:
+    """The op `draw`: (code [R] int64, confidence [R]) from logits [R, V], float32 or float64.
 
-    A row whose largest logit is not finite has no distribution: it is not `possible`.
+    A row whose largest guided logit is not finite has no distribution: code -1, confidence -inf.
     """
+    logits = guide(cond, uncond, guidance)
     peak = logits.amax(-1, keepdim=True)
     shifted = logits - peak
     score = shifted
     if temperature > 0:
         noise = gumbel(random_words(seed, offset, rows, logits.shape[-1], TOKEN_STREAM))
-        score = _filter(shifted / temperature, top_k, top_p) + noise
+        # A product with the reciprocal, because a quotient by a number does not round alike on every device.
+        score = _filter(shifted * (1 / temperature), top_k, top_p) + noise
     code = score.argmax(-1)
-    return code, _confidence(shifted, code, confidence), peak[:, 0].isfinite()
+    impossible = ~peak[:, 0].isfinite()
+    value = _confidence(shifted, code, confidence).masked_fill(impossible, float("-inf"))
+    return code.masked_fill(impossible, -1), value
 
 
 def _sample_rows(
-    logits_of: Callable[[Tensor], Tensor], ids: Tensor, unknown: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
-    first_code: int, temperature: float, top_k: int, top_p: float, confidence: str, compact: bool, dtype: torch.dtype,
+    branches_of: Callable[[Tensor], tuple[Tensor, Tensor | None]], ids: Tensor, unknown: Tensor, rows: Tensor,
+    seed: Tensor, offset: Tensor, first_code: int, compact: bool, dtype: torch.dtype, tile_rows: int,
+    draw_arguments: tuple,
 ) -> tuple[Tensor, Tensor]:
-    """Draw tile by tile; `logits_of(index)` gives the guided logits of the rows at `index`."""
+    """Draw tile by tile; `branches_of(index)` gives the logits of the code columns at the rows of `index`."""
     out_ids = ids.clone()
     out_confidence = torch.full(ids.shape, float("inf"), dtype=dtype, device=ids.device)
     index = unknown.nonzero()[:, 0] if compact else torch.arange(len(ids), device=ids.device)
-    for tile in index.split(_TILE_ROWS[ids.device.type]):
-        code, value, possible = draw(logits_of(tile), rows[tile], seed, offset, temperature, top_k, top_p, confidence)
-        drawn = unknown[tile]
-        out_ids[tile] = torch.where(drawn & possible, code + first_code, ids[tile])
-        out_confidence[tile] = value.masked_fill(~possible, float("-inf")).masked_fill(~drawn, float("inf"))
+    for tile in index.split(tile_rows):
+        code, value = torch.ops.unif2ace.draw(*branches_of(tile), rows[tile], seed, offset, *draw_arguments)
+        out_ids[tile] = torch.where(unknown[tile] & (code >= 0), code + first_code, ids[tile])
+        out_confidence[tile] = value.masked_fill(~unknown[tile], float("inf"))
     return out_ids, out_confidence
 
 
@@ -104,14 +112,14 @@ def sample_logits(
     """The op `sample_logits`; see ops.py."""
     dtype = compute_dtype(cond.dtype)
     window = slice(first_code, first_code + codes)
+    tile_rows = _tile_rows(ids.device, codes)
 
-    def logits_of(index: Tensor) -> Tensor:
-        branches = (None if each is None else each[index, window].to(dtype) for each in (cond, uncond))
-        return guide(*branches, guidance)
+    def branches_of(index: Tensor) -> tuple[Tensor, Tensor | None]:
+        both = uncond is not None and guidance != 0
+        return cond[index, window].to(dtype), uncond[index, window].to(dtype) if both else None
 
-    return _sample_rows(
-        logits_of, ids, unknown, rows, seed, offset, first_code, temperature, top_k, top_p, confidence, compact, dtype
-    )
+    arguments = (guidance, temperature, top_k, top_p, confidence)
+    return _sample_rows(branches_of, ids, unknown, rows, seed, offset, first_code, compact, dtype, tile_rows, arguments)
 
 
 def sample_hidden(
@@ -123,18 +131,17 @@ def sample_hidden(
     dtype = compute_dtype(weight.dtype)
     weight = weight[first_code : first_code + codes]
     bias = None if bias is None else bias[first_code : first_code + codes].to(weight.dtype)
-    tile_rows = _TILE_ROWS[ids.device.type]
+    tile_rows = _tile_rows(ids.device, codes)
 
-    def logits_of(index: Tensor) -> Tensor:
+    def branches_of(index: Tensor) -> tuple[Tensor, None]:
         hidden = h_cond[index].to(dtype)
         if h_uncond is not None and guidance != 0:
             hidden = (1 + guidance) * hidden - guidance * h_uncond[index].to(dtype)
         hidden = torch.nn.functional.pad(hidden.to(weight.dtype), (0, 0, 0, tile_rows - len(index)))
-        return torch.nn.functional.linear(hidden, weight, bias)[: len(index)].to(dtype)
+        return torch.nn.functional.linear(hidden, weight, bias)[: len(index)].to(dtype), None
 
-    return _sample_rows(
-        logits_of, ids, unknown, rows, seed, offset, first_code, temperature, top_k, top_p, confidence, compact, dtype
-    )
+    arguments = (0.0, temperature, top_k, top_p, confidence)
+    return _sample_rows(branches_of, ids, unknown, rows, seed, offset, first_code, compact, dtype, tile_rows, arguments)
 
 
 def remask(

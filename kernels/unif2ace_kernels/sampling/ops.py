@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .._checks import expect, expect_choice, expect_tensor
-from .._library import Implementation, register
+from .._library import Implementation, compiled, register
 from . import draw_torch
 
 Tensor = torch.Tensor
@@ -33,6 +33,17 @@ def _fake_sample_hidden(h_cond, h_uncond, weight, bias, ids, *_):
     return torch.empty_like(ids), torch.empty_like(ids, dtype=draw_torch.compute_dtype(weight.dtype))
 
 
+def _fake_draw(cond, uncond, rows, *_):
+    return torch.empty_like(rows), cond.new_empty(rows.shape)
+
+
+# The inner op of the two samplers: a tile of rows, their code columns only, already in float32 or float64.
+_draw = register(
+    "draw(Tensor cond, Tensor? uncond, Tensor rows, Tensor seed, Tensor offset, float guidance, float temperature, "
+    "int top_k, float top_p, str confidence) -> (Tensor, Tensor)",
+    implementations=[compiled("draw", "cpu"), Implementation("torch", _TORCH, draw_torch.draw)],
+    fake=_fake_draw,
+)
 _sample_logits = register(
     f"sample_logits(Tensor cond, Tensor? uncond, {_DRAW}",
     implementations=[Implementation("torch", _TORCH, draw_torch.sample_logits)],
@@ -78,7 +89,8 @@ def _draw_arguments(ids, mask_id, unknown, rows, seed, offset, code_range, guida
     expect(0 <= first < stop <= width, "code_range", f"0 <= first < stop <= {width} (the head's columns)", code_range)
     expect(has_uncond or guidance == 0, "guidance", "0 without an unconditional branch", guidance)
     expect(abs(guidance) < float("inf"), "guidance", "a finite number", guidance)
-    expect(0 <= temperature < float("inf"), "temperature", "a finite number >= 0", temperature)
+    in_range = temperature == 0 or 1e-6 <= temperature < float("inf")
+    expect(in_range, "temperature", "0 or a finite number >= 1e-6", temperature)
     expect(isinstance(top_k, int) and top_k >= 0, "top_k", "an int >= 0 (0: no filter)", repr(top_k))
     expect(0 < top_p <= 1, "top_p", "a number in (0, 1] (1: no filter)", top_p)
     expect_choice(confidence, "confidence", CONFIDENCES)
