@@ -106,7 +106,7 @@ def row_weights(
     """Coefficients of T rows of which `valid` [T] have a label; mask_prob [B], sample_id [T], C = `columns`."""
     m = mask_prob.to(torch.float64)
     time_weight = schedule(objective.schedule).score_weight(m)
-    sigma = time_weight * m / (1 - m)
+    sigma = torch.where(m < 1, time_weight * m / (1 - m), torch.inf)  # w is 0 at m = 1 under cosine, sigma' is not
 
     if objective.score == "bayes":
         weight = sigma / m if objective.bayes_sigma else 1 / m
