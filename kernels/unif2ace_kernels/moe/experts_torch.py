@@ -1,7 +1,8 @@
 """The experts' feed-forward in plain torch: one product per expert over its own rows, forward and backward.
 
 Rows are the slots sorted by expert, R = T * S of them; rows offsets[e] : offsets[e + 1] are expert e's. An expert's
-rows are gathered, multiplied and activated while they are in the cache; only the pre-activation h is kept.
+rows are gathered, multiplied and activated while they are in the cache; only the pre-activation h is kept. What
+happens between the products is the op moe_activation, compiled where it can be.
 """
 
 from __future__ import annotations
@@ -11,39 +12,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh", "geglu": "tanh"}
-GATED = ("swiglu", "geglu")
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", *GATED)
-
-
-def _pointwise(h: Tensor, activation: str) -> Tensor:
-    if activation in _APPROXIMATE:
-        return F.gelu(h, approximate=_APPROXIMATE[activation])
-    return F.relu(h) if activation == "relu" else F.silu(h)
-
-
-def _pointwise_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
-    if activation in _APPROXIMATE:
-        return torch.ops.aten.gelu_backward(grad, h, approximate=_APPROXIMATE[activation])
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, h, 0)
-    return torch.ops.aten.silu_backward(grad, h)
-
-
-def _activate(h: Tensor, activation: str) -> Tensor:
-    """h [m, F], or [m, 2F] = gate | value for a gated one -> a [m, F]."""
-    if activation not in GATED:
-        return _pointwise(h, activation)
-    gate, value = h.chunk(2, -1)
-    return _pointwise(gate, activation).mul_(value)
-
-
-def _activate_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
-    if activation not in GATED:
-        return _pointwise_backward(grad, h, activation)
-    gate, value = h.chunk(2, -1)
-    return torch.cat([_pointwise_backward(grad * value, gate, activation), grad * _pointwise(gate, activation)], -1)
 
 
 def _row_step(x: Tensor) -> int:
@@ -113,7 +81,8 @@ def forward(
         x_e = _gather(x, tokens[start:stop], step)
         own = slice(start, start + len(x_e))
         h_e = _product(x_e, w_in[e], None if b_in is None else b_in[e], h[own])
-        _product(_activate(h_e, activation), w_out[e], None if b_out is None else b_out[e], y_rows[own])
+        a_e = torch.ops.unif2ace.moe_activation(h_e, activation)
+        _product(a_e, w_out[e], None if b_out is None else b_out[e], y_rows[own])
     return _combine(y_rows, _position(order, slots), weight), h[: len(order)]
 
 
@@ -147,23 +116,16 @@ def backward(
             for grad in (grad_w_in, grad_b_in, grad_w_out, grad_b_out):
                 grad[e].zero_()
             continue
-        m = stop - start
         x_e, grad_y_e = _gather(x, tokens[start:stop], step), _gather(grad_y, tokens[start:stop], step)
-        h_e = x.new_zeros(len(x_e), h.shape[1]) if m % step else h[start:stop]
-        if m % step:
-            h_e[:m] = h[start:stop]
-        a_e = _activate(h_e, activation)
-        grad_a = grad_y_e @ w_out[e].t()
-        grad_weight = (grad_a * a_e)[:m].sum(-1, dtype=weight.dtype)
+        scale = weight_rows[start:stop]
+        scaled_a, grad_h, grad_weight = torch.ops.unif2ace.moe_activation_backward(
+            grad_y_e @ w_out[e].t(), h[start:stop], scale, activation
+        )
         if b_out is not None:
-            grad_weight += (grad_y_e[:m] @ b_out[e]).to(weight.dtype)
+            grad_weight += torch.mm(grad_y_e[: stop - start], b_out[e, :, None])[:, 0]
         grad_weight_rows[start:stop] = grad_weight
-        scale = weight_rows[start:stop, None].to(x.dtype)
-        grad_a[:m] *= scale
-        a_e[:m] *= scale
-        torch.mm(a_e.t(), grad_y_e, out=grad_w_out[e])
-        torch.mv(grad_y_e[:m].t(), scale[:, 0], out=grad_b_out[e])
-        grad_h = _activate_backward(grad_a, h_e, activation)
+        torch.mm(scaled_a.t(), grad_y_e, out=grad_w_out[e])
+        torch.mm(scale[None].to(x.dtype), grad_y_e[: stop - start], out=grad_b_out[e, None])
         torch.mm(x_e.t(), grad_h, out=grad_w_in[e])
         torch.sum(grad_h, 0, out=grad_b_in[e])
         torch.mm(grad_h, w_in[e].t(), out=grad_x_rows[start : start + len(x_e)])

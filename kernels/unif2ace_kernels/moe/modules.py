@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import expect, expect_choice, expect_tensor
-from .experts_torch import ACTIVATIONS, GATED
+from .activation_torch import ACTIVATIONS, GATED
 from .ops import Routing, experts, route
 
 
