@@ -1,0 +1,76 @@
+"""The `unif2ace` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from unif2ace.errors import UserError
+
+CHECKPOINT = Path("runs/demo/checkpoint")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it worked, 1 with one line on stderr when the user can mend it, 130 on Ctrl-C."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except UserError as error:
+        print(f"unif2ace: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nunif2ace: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unif2ace", description="Describe faces, answer questions, paint from text.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="make faces, train on them, paint, answer, report; minutes on two cores")
+    demo.add_argument("--small", action="store_true", help="the same path in about a minute, too short to learn much")
+    demo.add_argument("--out", type=Path, help="folder of the run (default: runs/demo or runs/demo-small)")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="paint faces from a prompt")
+    generate.add_argument("--prompt", required=True, help="what the face should be like")
+    generate.add_argument("--out", type=Path, default=Path("face.png"), help="PNG to write (default: %(default)s)")
+    generate.add_argument("--count", type=int, default=4, help="how many, side by side (default: %(default)s)")
+    generate.add_argument("--steps", type=int, help="denoising steps (default: the demo's)")
+    generate.add_argument("--guidance", type=float, help="strength of the prompt (default: the demo's)")
+    generate.add_argument("--seed", type=int, default=0, help="one seed, one picture (default: %(default)s)")
+    generate.set_defaults(run=_generate)
+
+    ask = commands.add_parser("ask", help="ask about a face in a photograph")
+    ask.add_argument("--image", required=True, type=Path, help="an image file with a face in it")
+    ask.add_argument("--question", required=True)
+    ask.set_defaults(run=_ask)
+
+    for each in (generate, ask):
+        each.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: %(default)s)")
+    return parser
+
+
+# Imports wait until a command runs, so that --help and a mistyped option answer at once.
+
+
+def _demo(parsed: argparse.Namespace) -> None:
+    from unif2ace.demo import FULL, SMALL, run
+
+    settings, folder = (SMALL, "runs/demo-small") if parsed.small else (FULL, "runs/demo")
+    run(settings, parsed.out or Path(folder))
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.commands import generate
+
+    generate(parsed)
+
+
+def _ask(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.commands import ask
+
+    ask(parsed)

@@ -1,0 +1,202 @@
+"""The demo: from nothing to a report, in minutes on two CPU cores.
+
+    faces      made at run time, attributes measured, identities embedded
+    tokenizer  a lookup-free-quantised autoencoder, trained on them
+    model      the tiny UniF2ace with every part of the paper on, both tasks in every step
+    evaluation faces painted from random prompts, questions on faces never seen, both tested against chance
+    report     what all of that looks like
+
+Each stage leaves a file in the run's folder; a run that was stopped, or is started again, goes on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from unif2ace.checkpoint import Checkpoint
+from unif2ace.configs import ModelConfig, VocabularyConfig
+from unif2ace.data import captions
+from unif2ace.data.dataset import FaceSet, build_faces
+from unif2ace.evaluation import quality, report
+from unif2ace.files import read_json, replacing, write_json
+from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
+from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.model.transformer import UniF2ace
+from unif2ace.training.loop import Schedule, fit
+from unif2ace.training.recipe import EncodedFaces, Recipe, RecipeConfig, initialise_codes
+
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of a demo run.
+
+    Attributes:
+        faces, held_out: faces made, and how many of them are kept from training.
+        tokenizer_steps, model_steps: training steps.
+        prompts: random prompts to paint.
+    """
+
+    faces: int
+    held_out: int
+    tokenizer_steps: int
+    model_steps: int
+    prompts: int
+    tokenizer_batch: int = 16
+    tokenizer_lr: float = 4e-3
+    model_lr: float = 2e-3
+    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
+    seed: int = 0
+
+
+FULL = DemoSettings(faces=2800, held_out=300, tokenizer_steps=1500, model_steps=400, prompts=96)
+SMALL = DemoSettings(faces=96, held_out=32, tokenizer_steps=60, model_steps=12, prompts=12)
+
+
+class Timer:
+    """Seconds of each stage, kept beside the run so that a later one can tell what the stages took when they ran."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
+
+    def record(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = round(seconds, 1)
+        write_json(self.path, self.seconds)
+
+
+def run(settings: DemoSettings, folder: Path) -> None:
+    """Run every stage that `folder` does not hold yet, then write the report and print what it shows."""
+    began = time.monotonic()
+    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    timer = Timer(folder / "seconds.json")
+    if "UNIF2ACE_INSTALL_SECONDS" in os.environ:
+        timer.record("install", float(os.environ["UNIF2ACE_INSTALL_SECONDS"]))
+
+    def timed(stage: str, function, *arguments):
+        start = time.monotonic()
+        result, fresh = function(*arguments)
+        if fresh:
+            timer.record(stage, time.monotonic() - start)
+        else:
+            print(f"{stage}: taken from {folder}")
+        return result
+
+    faces = timed("faces", _faces, settings, folder)
+    tokenizer = timed("tokenizer", _tokenizer, settings, folder, faces)
+    encoded = encode(tokenizer, faces)
+    checkpoint = timed("model", _model, settings, folder, faces, tokenizer, encoded)
+    start = time.monotonic()
+    results = quality.evaluate(checkpoint, faces, subset(encoded, faces.test), settings.prompts, settings.seed)
+    timer.record("evaluation", time.monotonic() - start)
+    start = time.monotonic()
+    logs = {name: read_json(folder / f"{name}_log.json") for name in ("tokenizer", "model")}
+    report.write(folder, results, logs, timer.seconds)
+    timer.record("report", time.monotonic() - start)
+    write_json(folder / "results.json", {**results.numbers, "seconds": timer.seconds})
+    print(report.summary(results, timer.seconds, time.monotonic() - began))
+    print(f"report: {folder / 'report.html'}")
+
+
+def fingerprint(*parts: object) -> str:
+    """Short name of settings, and of whatever else shapes a stage's result."""
+    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _faces(settings: DemoSettings, folder: Path) -> tuple[FaceSet, bool]:
+    path = folder / "faces.npz"
+    before = path.stat().st_mtime_ns if path.exists() else None
+    faces = build_faces(settings.faces, settings.seed, folder, held_out=settings.held_out, threads=THREADS)
+    return faces, path.stat().st_mtime_ns != before
+
+
+def _tokenizer(settings: DemoSettings, folder: Path, faces: FaceSet) -> tuple[ImageTokenizer, bool]:
+    config = ImageTokenizerConfig()
+    torch.manual_seed(settings.seed)
+    tokenizer = ImageTokenizer(config)
+    average = copy.deepcopy(tokenizer).eval()
+    schedule = Schedule(settings.tokenizer_steps, settings.tokenizer_lr)
+    name = fingerprint("tokenizer", config, schedule, settings.tokenizer_batch, settings.seed, faces.settings)
+    path = folder / f"tokenizer-{name}.safetensors"
+    if path.exists():
+        average.load_state_dict(load_file(path))
+        return average, False
+    images = to_images(torch.from_numpy(faces.images[faces.train]))
+
+    def loss(step: int):
+        rng = np.random.default_rng((settings.seed, step))
+        batch = images[rng.integers(len(images), size=settings.tokenizer_batch)]
+        if rng.random() < 0.5:
+            batch = batch.flip(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            return tokenizer.loss(batch)
+
+    optimizer = torch.optim.AdamW(
+        tokenizer.parameters(), lr=settings.tokenizer_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    state = folder / "tokenizer_state.pt"
+    log = fit(tokenizer, [optimizer], loss, schedule, state, name="tokenizer", fingerprint=name, ema=average)
+    write_json(folder / "tokenizer_log.json", log)
+    with replacing(path) as partial:
+        save_file(average.state_dict(), partial)
+    state.unlink()
+    return average, True
+
+
+def encode(tokenizer: ImageTokenizer, faces: FaceSet) -> EncodedFaces:
+    """Every face of the set as the model sees it; code ids are the tokenizer's, [0, codes)."""
+    parts = [tokenizer.encode(to_images(torch.from_numpy(chunk))) for chunk in np.array_split(faces.images, 16)]
+    codes, semantic = (torch.cat(each) for each in zip(*parts))
+    return EncodedFaces(codes, semantic, torch.from_numpy(faces.identity), faces.classes)
+
+
+def subset(faces: EncodedFaces, index: np.ndarray) -> EncodedFaces:
+    """The faces at `index`."""
+    rows = torch.from_numpy(index)
+    return EncodedFaces(faces.codes[rows], faces.semantic[rows], faces.identity[rows], faces.classes[index])
+
+
+def _model(
+    settings: DemoSettings, folder: Path, faces: FaceSet, tokenizer: ImageTokenizer, encoded: EncodedFaces
+) -> tuple[Checkpoint, bool]:
+    text = TextTokenizer.train(captions.all_texts())
+    config = ModelConfig.tiny(VocabularyConfig(text=text.size, codes=tokenizer.config.codes))
+    schedule = Schedule(settings.model_steps, settings.model_lr)
+    name = fingerprint("model", config, schedule, settings.recipe, settings.seed, encoded.codes.sum().item())
+    path = folder / "checkpoint"
+    stamp = folder / "checkpoint.fingerprint.json"
+    if path.exists() and stamp.exists() and read_json(stamp) == name:
+        return Checkpoint.load(path), False
+    torch.manual_seed(settings.seed)
+    model = UniF2ace(config)
+    initialise_codes(model, tokenizer)
+    recipe = Recipe(subset(encoded, faces.train), text, config, settings.recipe)
+
+    def loss(step: int):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.loss(recipe.batch(step))
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.model_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    state = folder / "model_state.pt"
+    log = fit(model, [optimizer], loss, schedule, state, name="model", fingerprint=name)
+    write_json(folder / "model_log.json", log)
+    checkpoint = Checkpoint(model.eval(), tokenizer, text)
+    checkpoint.save(path)
+    write_json(stamp, name)
+    state.unlink()
+    return checkpoint, True

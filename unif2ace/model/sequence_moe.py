@@ -1,0 +1,135 @@
+"""Grouped sequence-level mixture of experts over one sample's image tokens.
+
+    t2i   {copy, zero, noise, copy}        mmu   {CLIP, face, copy, copy}
+
+    E_copy(x) = x     E_zero(x) = 0     E_s(x) = w_s x + (1 - w_s) S(F_s)     for s in noise, CLIP, face
+
+F is a frozen encoder's output (for noise: the embedded noise level) and S a resampler to the image's length. A router
+reads the mean of the sample's image tokens and takes top-K of its task's four experts. The chosen experts' sum is
+linear in x and in the resampled features, so all of it is one pass: y = a x + sum_k c_k S_k (`unif2ace_kernels.moe.mix`).
+S depends on the sample alone, so it is computed once a forward pass and shared by the layers; routers and gates w are
+each layer's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from unif2ace_kernels import moe
+
+from unif2ace.configs import MMU, T2I, ModelConfig
+
+EXPERTS = (("copy", "zero", "noise", "copy"), ("clip", "face", "copy", "copy"))
+NOISE, CLIP, FACE = range(3)
+_INJECTED = {"noise": NOISE, "clip": CLIP, "face": FACE}
+
+
+class Resampler(nn.Module):
+    """Features [B, S, C] to [B, length, hidden]: learned queries attend to the projected features (Perceiver style).
+
+    A single feature vector (S = 1: an identity embedding, a noise level) first becomes `latents` key/value tokens.
+    """
+
+    def __init__(self, channels: int, hidden: int, heads: int, length: int, latents: int, *, single: bool) -> None:
+        super().__init__()
+        self.heads, self.latents = heads, latents if single else 1
+        self.project = nn.Linear(channels, self.latents * hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.queries = nn.Parameter(torch.randn(length, hidden) * 0.02)
+        self.key_value = nn.Linear(hidden, 2 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        rows, hidden = features.shape[0], self.queries.shape[1]
+        tokens = self.norm(self.project(features).view(rows, features.shape[1] * self.latents, hidden))
+        k, v = (
+            self.key_value(tokens).view(*tokens.shape[:2], 2, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
+        )
+        q = self.queries.to(k.dtype).view(-1, self.heads, hidden // self.heads).transpose(0, 1).expand(rows, -1, -1, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class NoiseLevel(nn.Module):
+    """Sinusoidal embedding of the masked share m in (0, 1], [B] to [B, 1, channels]."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        frequency = torch.exp(torch.linspace(0.0, math.log(1000.0), channels // 2))
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, mask_prob: torch.Tensor) -> torch.Tensor:
+        angle = mask_prob[:, None].float() * self.frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, None]
+
+
+class Injection(nn.Module):
+    """S(F) of the noise, CLIP and face experts for a whole batch: [B, 3, N, D], zeros where a row's task has none.
+
+    Only the rows of a task run through its resamplers.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        moe_config = config.sequence_moe
+
+        def resampler(channels: int, single: bool) -> Resampler:
+            return Resampler(
+                channels, config.hidden, config.heads, config.image_tokens, moe_config.latents, single=single
+            )
+
+        self.level = NoiseLevel()
+        self.noise = resampler(2 * len(self.level.frequency), True)
+        self.clip = resampler(config.semantic, False) if moe_config.clip else None
+        self.face = resampler(config.identity, True) if moe_config.face else None
+
+    def forward(
+        self, task: torch.Tensor, mask_prob: torch.Tensor, identity: torch.Tensor, semantic: torch.Tensor
+    ) -> torch.Tensor:
+        t2i, mmu = (task == T2I).nonzero()[:, 0], (task == MMU).nonzero()[:, 0]
+        parts = [(NOISE, t2i, self.noise, self.level(mask_prob[t2i]))]
+        if self.clip is not None:
+            parts.append((CLIP, mmu, self.clip, semantic[mmu]))
+        if self.face is not None:
+            parts.append((FACE, mmu, self.face, identity[mmu, None]))
+        done = [(slot, rows, resample(features)) for slot, rows, resample, features in parts]
+        like = done[0][2]
+        out = like.new_zeros(len(task), 3, *like.shape[1:])
+        for slot, rows, resampled in done:
+            out = out.index_put((rows, torch.tensor(slot, device=rows.device)), resampled.to(out.dtype))
+        return out
+
+
+class SequenceMoE(nn.Module):
+    """One layer's router and gates; see the module's text."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        moe_config = config.sequence_moe
+        self.top_k, self.balance = moe_config.top_k, moe_config.balance
+        missing = {name for name in ("clip", "face") if not getattr(moe_config, name)}
+        names = [["copy" if name in missing else name for name in group] for group in EXPERTS]
+        self.group_sizes = tuple(len(group) for group in names)
+        flat = [name for group in names for name in group]
+        self.norm = nn.LayerNorm(config.hidden)
+        self.router = nn.Linear(config.hidden, len(flat))
+        self.gate = nn.Parameter(torch.zeros(3))  # w_s = sigmoid(gate_s)
+        self.register_buffer("keeps", torch.tensor([float(name == "copy") for name in flat]), persistent=False)
+        which = torch.zeros(len(flat), 3)
+        for index, name in enumerate(flat):
+            if name in _INJECTED:
+                which[index, _INJECTED[name]] = 1.0
+        self.register_buffer("injects", which, persistent=False)  # [E, 3] expert -> the features it brings in
+
+    def forward(self, x: torch.Tensor, task: torch.Tensor, injected: torch.Tensor) -> tuple[torch.Tensor, moe.Routing]:
+        """x [B, N, D] image tokens, task [B], injected [B, 3, N, D] -> ([B, N, D], the layer's routing)."""
+        logits = self.router(self.norm(x.mean(dim=1))).float()
+        routing = moe.route(logits, task, self.group_sizes, self.top_k, balance_coef=self.balance)
+        weight = torch.zeros_like(logits).scatter(1, routing.expert, routing.weight)
+        gate = torch.sigmoid(self.gate.float())
+        from_x = self.keeps + self.injects @ gate
+        from_injected = self.injects * (1 - gate)
+        coef = torch.cat([(weight @ from_x)[:, None], weight @ from_injected], dim=1)
+        return moe.mix(x, coef, injected.to(x.dtype)), routing

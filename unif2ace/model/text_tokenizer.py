@@ -1,0 +1,66 @@
+"""Text to token ids and back: byte-level BPE by the `tokenizers` library, so that any text can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from unif2ace.errors import UserError
+
+END = "<|endoftext|>"
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with the one special token that begins and ends a text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.end = tokenizer.token_to_id(END)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int = 1024) -> TextTokenizer:
+        """Learn at most `size` tokens from `texts`."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @property
+    def size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, lower-cased, without begin or end.
+
+        Raises:
+            UserError: there is nothing in it.
+        """
+        ids = self.tokenizer.encode(" ".join(text.lower().split())).ids
+        if not ids:
+            raise UserError("the text is empty: write a few words")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, up to the end token."""
+        kept = []
+        for each in ids:
+            if each == self.end:
+                break
+            kept.append(int(each))
+        return self.tokenizer.decode(kept).strip()
+
+    def save(self, path: Path) -> None:
+        self.tokenizer.save(str(path))
+
+    @classmethod
+    def load(cls, path: Path) -> TextTokenizer:
+        return cls(Tokenizer.from_file(str(path)))

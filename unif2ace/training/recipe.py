@@ -1,0 +1,110 @@
+"""What a training step sees: rows of both tasks, drawn from the faces by (seed, step) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from unif2ace_kernels import d3diff
+
+from unif2ace.configs import ModelConfig
+from unif2ace.data import captions
+from unif2ace.data.attributes import ATTRIBUTES
+from unif2ace.model.image_tokenizer import ImageTokenizer
+from unif2ace.model.sequences import IGNORE, Batch, mmu_batch, t2i_batch, t2i_prompts
+from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.model.transformer import UniF2ace
+
+
+@dataclass
+class EncodedFaces:
+    """Faces as the model sees them.
+
+    Attributes:
+        codes: [N, image tokens] codes of the image tokenizer, from 0.
+        semantic: [N, image tokens, C] the image tokenizer's latents, which fill the CLIP slot.
+        identity: [N, C_id].
+        classes: [N, A] attribute classes, what captions, questions and answers are made from.
+    """
+
+    codes: torch.Tensor
+    semantic: torch.Tensor
+    identity: torch.Tensor
+    classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Attributes:
+    t2i, mmu: rows of each task in a step.
+    questions: questions on one face, each with its answer, in one mmu row.
+    guidance_dropout: share of t2i rows whose caption is left out, for classifier-free guidance.
+    seed: of everything that is drawn.
+    """
+
+    t2i: int = 32
+    mmu: int = 12
+    questions: int = 3
+    guidance_dropout: float = 0.1
+    seed: int = 0
+
+
+class Recipe:
+    """`batch(step)` gives the step's rows."""
+
+    def __init__(self, faces: EncodedFaces, text: TextTokenizer, model: ModelConfig, config: RecipeConfig) -> None:
+        self.faces, self.text, self.model, self.config = faces, text, model, config
+        self.schedule = d3diff.schedule(model.loss.schedule)
+
+    def batch(self, step: int) -> Batch:
+        """Rows of both tasks for `step`."""
+        rng = np.random.default_rng((self.config.seed, step))
+        return Batch.join([self._t2i(step, rng), self._mmu(rng)], self.model.vocabulary.pad)
+
+    def _t2i(self, step: int, rng: np.random.Generator) -> Batch:
+        rows = self.config.t2i
+        chosen = rng.integers(len(self.faces.codes), size=rows)
+        texts = [captions.caption(self.faces.classes[face], rng) for face in chosen]
+        kept = rng.random(rows) >= self.config.guidance_dropout
+        ids = [self.text.encode(text) if keep else [] for text, keep in zip(texts, kept)]
+        # One time in each of `rows` equal parts of (0, 1): the same law, less spread between steps.
+        time = torch.from_numpy((rng.permutation(rows) + rng.random(rows)) / rows)
+        mask_prob = self.schedule.mask_prob(time).clamp(min=1 / self.model.image_tokens)
+        codes = self.faces.codes[chosen] + self.model.vocabulary.code_range[0]
+        noised, masked = d3diff.noise(codes, mask_prob, self.model.vocabulary.mask, seed=self.config.seed, offset=step)
+        prompts = t2i_prompts(ids, self.text.end, self.model)
+        return t2i_batch(prompts, noised, self.model, codes.masked_fill(~masked, IGNORE), mask_prob.float())
+
+    def _mmu(self, rng: np.random.Generator) -> Batch:
+        rows = self.config.mmu
+        chosen = rng.integers(len(self.faces.codes), size=rows)
+        texts, answers = [], []
+        for face in chosen:
+            ids: list[int] = []
+            wanted: list[bool] = []
+            for attribute in rng.permutation(len(ATTRIBUTES))[: self.config.questions]:
+                question, answer = captions.question_answer(self.faces.classes[face], attribute, rng)
+                asked, said = self.text.encode(question), [*self.text.encode(answer), self.text.end]
+                ids += asked + said
+                wanted += [False] * len(asked) + [True] * len(said)
+            texts.append(ids)
+            answers.append(wanted)
+        chosen = torch.from_numpy(chosen)
+        faces = self.faces
+        codes = faces.codes[chosen] + self.model.vocabulary.code_range[0]
+        return mmu_batch(codes, texts, faces.identity[chosen], faces.semantic[chosen], self.model, answers)
+
+
+@torch.no_grad()
+def initialise_codes(model: UniF2ace, tokenizer: ImageTokenizer) -> None:
+    """Give codes that share bits similar rows in the embedding and in the head, of the usual size.
+
+    Codes that differ in one bit decode to similar patches; with rows that say so from the start, what is learned of
+    one code helps its neighbours.
+    """
+    first, stop = model.config.vocabulary.code_range
+    signs = tokenizer.code_signs(torch.arange(stop - first))
+    for weight in (model.embedding.weight, model.head.weight):
+        shared = signs @ torch.randn(signs.shape[1], weight.shape[1]) * (0.02 / signs.shape[1] ** 0.5)
+        weight[first:stop] = 0.9 * shared + 0.43 * weight[first:stop]
