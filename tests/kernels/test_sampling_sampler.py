@@ -114,14 +114,17 @@ def tiny_model():
 
 
 def p_value_of(samples, law):
-    """Upper tail of chi-square of samples [n, places] against law {outcome: probability}."""
+    """Upper tail of chi-square of samples [n, places] against law {outcome: probability}, rare outcomes pooled."""
     assert abs(sum(law.values()) - 1) < 1e-9
     outcomes = list(itertools.product(range(CODES), repeat=PLACES))
     counts = (samples @ torch.tensor([9, 3, 1])).bincount(minlength=27).double()
     expected = torch.tensor([law.get(each, 0.0) for each in outcomes]).double() * len(samples)
-    assert expected.min() > 5
+    often = expected >= 5
+    if not often.all():
+        counts, expected = (torch.cat([each[often], each[~often].sum()[None]]) for each in (counts, expected))
+    assert len(counts) > 20 and expected.min() > 1
     half_statistic = ((counts - expected) ** 2 / expected).sum() / 2
-    return torch.special.gammaincc(torch.tensor(26 / 2.0).double(), half_statistic).item()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2.0).double(), half_statistic).item()
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
