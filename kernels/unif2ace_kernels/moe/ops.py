@@ -30,8 +30,8 @@ class Routing(NamedTuple):
     token t has the number t * S + s.
 
     Attributes:
-        expert: [T, S] int64, index of each slot's expert.
         weight: [T, S] float32 (float64 for float64 logits), differentiable; 1 for a shared expert.
+        expert: [T, S] int64, index of each slot's expert.
         counts: [E + shared * G] int64, slots of each expert.
         offsets: [E + shared * G + 1] int64, running sum of `counts` from 0.
         order: [T * S] int64, slot numbers sorted by expert, in token order within one:
@@ -43,8 +43,8 @@ class Routing(NamedTuple):
         z_loss: scalar, z_coef * mean over all T tokens of logsumexp(logits of the token's group)^2; differentiable.
     """
 
-    expert: Tensor
     weight: Tensor
+    expert: Tensor
     counts: Tensor
     offsets: Tensor
     order: Tensor
@@ -65,7 +65,7 @@ def _route_fake(
     statistics = logits.new_empty(routed, dtype=torch.promote_types(logits.dtype, torch.float32))
     index = group_ids.new_empty(0, dtype=torch.int64)
     return (
-        index.new_empty(tokens, slots), statistics.new_empty(tokens, slots), index.new_empty(experts_total),
+        statistics.new_empty(tokens, slots), index.new_empty(tokens, slots), index.new_empty(experts_total),
         index.new_empty(experts_total + 1), index.new_empty(tokens * slots), statistics, torch.empty_like(statistics),
         statistics.new_empty(()), statistics.new_empty(()),
     )  # fmt: skip
@@ -75,12 +75,12 @@ def _route_setup(ctx, inputs, output):
     logits, group_ids, ctx.group_sizes, ctx.top_k, _, ctx.balance_coef, ctx.normalize, ctx.scoring, _, ctx.z_coef = (
         inputs
     )
-    expert, _, counts, offsets, order, frequency = output[:6]
+    _, expert, counts, offsets, order, frequency = output[:6]
     ctx.mark_non_differentiable(expert, counts, offsets, order, frequency)
     ctx.save_for_backward(logits, group_ids, expert, frequency)
 
 
-def _route_autograd(ctx, _expert, weight, _counts, _offsets, _order, _frequency, probability, balance_loss, z_loss):
+def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency, probability, balance_loss, z_loss):
     grad_logits = _route_backward(
         weight, probability, balance_loss, z_loss, *ctx.saved_tensors,
         ctx.group_sizes, ctx.top_k, ctx.balance_coef, ctx.normalize, ctx.scoring, ctx.z_coef,

@@ -105,7 +105,7 @@ def forward(
     z_loss = logits.new_zeros((), dtype=dtype)
     if z_coef:
         z_loss = z_coef * _logsumexp(table, padding).square().sum() / max(tokens, 1)
-    return expert, weight, counts, offsets, order, frequency, probability, balance_loss, z_loss
+    return weight, expert, counts, offsets, order, frequency, probability, balance_loss, z_loss
 
 
 def _logsumexp(table: Tensor, padding: Tensor | None) -> Tensor:
