@@ -1,4 +1,4 @@
-"""The fused head at its edges: nothing masked, extreme logits, chunks, dtypes, bad input, and what torch asks of an op."""
+"""The fused head at its edges: nothing masked, extreme logits, chunks, dtypes, bad input, and torch's own op checks."""
 
 import math
 
@@ -10,7 +10,6 @@ from unif2ace_kernels.d3diff import head
 
 CODES = (6, 20)
 B, N, D, V = 3, 10, 8, 23
-TINY = 1e-6
 
 
 def problem(seed=0, dtype=torch.float64):
@@ -23,7 +22,7 @@ def problem(seed=0, dtype=torch.float64):
 
 def run(inputs, **options):
     value, stats = d3diff.loss(*inputs, **{"code_range": CODES, **options})
-    return value, stats, torch.autograd.grad(value, inputs[:3])
+    return value.detach(), stats, torch.autograd.grad(value, inputs[:3])
 
 
 @pytest.mark.parametrize("score", d3diff.READINGS)
@@ -74,7 +73,7 @@ def test_penalty_beyond_the_exponent_s_range():
     arguments = (torch.tensor([7]), torch.tensor([0.5]), torch.tensor([0]))
     value, _ = d3diff.loss_from_logits(logits, *arguments, code_range=CODES, score="unnormalized", alpha=1.0)
     (gradient,) = torch.autograd.grad(value, logits)
-    assert math.isfinite(value) and bool(gradient.isfinite().all()) and bool((gradient[0, 8:20] > 0).all())
+    assert math.isfinite(value.item()) and bool(gradient.isfinite().all()) and bool((gradient[0, 8:20] > 0).all())
     u = torch.tensor([-3.0, 0.0, 1e-5, 70.0], dtype=torch.float64)
     torch.testing.assert_close(head.penalty(u), torch.expm1(u) - u, rtol=1e-12, atol=1e-16)
     beyond = torch.tensor([79.0, 90.0], dtype=torch.float64, requires_grad=True)
@@ -96,18 +95,22 @@ def test_chunks_change_nothing_but_rounding(monkeypatch):
 @pytest.mark.parametrize("score", d3diff.READINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_that_of_torch_in_the_same_dtype(dtype, score):
-    """Gradients of weight and hidden against float64; torch is `loss_from_logits` of its own product in `dtype`."""
-    low = problem(2, dtype)
-    high = tuple(each.detach().double().requires_grad_() for each in low[:3]) + low[3:]
-    _, _, truth = run(high, score=score)
-    _, _, ours = run(low, score=score)
-    logits = (low[0] @ low[1].t() + low[2]).float()
-    value, _ = d3diff.loss_from_logits(logits, *low[3:], code_range=CODES, score=score)
-    theirs = torch.autograd.grad(value, low[:3])
-    for our, their, true in zip(ours, theirs, truth):
-        size = true.abs().max()
-        assert our.dtype == dtype
-        assert (our - true).norm() <= 2 * (their - true).norm() + TINY * size
+    """Gradients against float64, errors pooled over problems: under `unnormalized` a row or two decide a single one.
+
+    Torch is `loss_from_logits` of its own matrix product in `dtype`.
+    """
+    ours_total, theirs_total = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for seed in range(8):
+        low = problem(seed, dtype)
+        high = tuple(each.detach().double().requires_grad_() for each in low[:3]) + low[3:]
+        truth, ours = run(high, score=score)[2], run(low, score=score)[2]
+        logits = (low[0] @ low[1].t() + low[2]).float()
+        value, _ = d3diff.loss_from_logits(logits, *low[3:], code_range=CODES, score=score)
+        theirs = torch.autograd.grad(value, low[:3])
+        assert [each.dtype for each in ours] == [dtype] * 3
+        for total, those in ((ours_total, ours), (theirs_total, theirs)):
+            total += torch.stack([((one - true).norm() / true.norm()) ** 2 for one, true in zip(those, truth)])
+    assert bool((ours_total.sqrt() <= 2 * theirs_total.sqrt()).all())
 
 
 def test_autocast_uses_its_dtype_and_keeps_the_weights_gradient():
@@ -133,6 +136,11 @@ def test_differentiating_twice_raises():
     (gradient,) = torch.autograd.grad(value, inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="d3diff_head_backward"):
         torch.autograd.grad(gradient.sum(), inputs[0])
+    logits = torch.randn(B, N, V, requires_grad=True)
+    value, _ = d3diff.loss_from_logits(logits, *inputs[3:], code_range=CODES)
+    (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="d3diff_logits_backward"):
+        torch.autograd.grad(gradient.sum(), logits)
 
 
 @pytest.mark.parametrize(

@@ -167,18 +167,17 @@ def head_torch(
             if not any_grad:
                 continue
             g = logit_gradient_(terms, target, *row, local_codes)
-            scale = row[0][:, None]
             if grad_bias:
                 d_bias[start - first : end - first].addmv_(g.t(), row[0])
-            g = g if buffers.low is None else buffers.low.copy_(g)
+            g = torch.mul(g, row[0][:, None], out=g if buffers.low is None else buffers.low)
             if grad_hidden:
-                d_hidden[chunk] = (g @ w).mul_(scale).to(hidden.dtype)
+                d_hidden[chunk] = (g @ w).to(hidden.dtype)
             if grad_weight:
                 part = d_weight[start - first : end - first]
                 if part.dtype == compute_dtype:
-                    part.addmm_(g.t(), x.mul_(scale))
+                    part.addmm_(g.t(), x)
                 else:
-                    part += g.t() @ x.mul_(scale)
+                    part += g.t() @ x
     return HeadOutputs(
         loss.to(dtype), ce, lse, mass, hit, d_hidden, d_weight.to(weight.dtype),
         d_bias if bias is None else d_bias.to(bias.dtype),

@@ -69,6 +69,11 @@ head_op = register(
 )
 
 
+def _no_second_derivative(ctx, *_):
+    # Without this formula autograd would record what the backward does inside, and take saved terms for constants.
+    raise RuntimeError("unif2ace::d3diff_head_backward and d3diff_logits_backward cannot be differentiated")
+
+
 def _head_backward_torch(
     grad_loss: torch.Tensor,
     grad_hidden: torch.Tensor,
@@ -100,12 +105,12 @@ def _head_backward_fake(grad_loss, grad_hidden, grad_weight, grad_bias, vocabula
     return torch.empty_like(grad_hidden), placed(grad_weight), placed(grad_bias)
 
 
-# An op of its own, without an autograd formula: differentiating twice raises instead of giving a wrong answer.
 head_backward_op = register(
     "d3diff_head_backward(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,"
     " SymInt vocabulary, int first) -> (Tensor, Tensor, Tensor)",
     implementations=[Implementation("torch", ("cpu", "cuda"), _head_backward_torch)],
     fake=_head_backward_fake,
+    backward=_no_second_derivative,
 )
 
 
@@ -144,4 +149,5 @@ logits_backward_op = register(
     " -> Tensor",
     implementations=[Implementation("torch", ("cpu", "cuda"), logits_backward_torch)],
     fake=lambda grad_loss, logits, *_: torch.empty_like(logits),
+    backward=_no_second_derivative,
 )
