@@ -8,7 +8,7 @@ The extension is two libraries in the `unif2ace_kernels` package:
 
 What cannot be built is left out, never an error: the reason is written to unif2ace_kernels/_build.json, from where
 `unif2ace_kernels.explain` repeats it. No GPU is asked for. Environment: CXX, NVCC (paths, or "none"), and
-UNIF2ACE_CUDA_ARCHS (default "80;90a;100").
+UNIF2ACE_CUDA_ARCHS (default "80;90a;100"; named outright, they are built for a torch without CUDA too).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-CUDA_ARCHS = [arch for arch in os.environ.get("UNIF2ACE_CUDA_ARCHS", "80;90a;100").split(";") if arch]
+ASKED_ARCHS = os.environ.get("UNIF2ACE_CUDA_ARCHS")
+CUDA_ARCHS = [arch for arch in (ASKED_ARCHS or "80;90a;100").split(";") if arch]
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11: the stable ABI that every later torch keeps
 
 # No contraction: csrc/common/gumbel.cuh must round as torch and Triton do. Loops with a select in them vectorise only
@@ -82,9 +83,9 @@ class BuildExtension(build_ext):
     """Builds what this machine can, and records the rest with its reason."""
 
     def run(self) -> None:
-        self.package = Path(self.get_ext_fullpath("unif2ace_kernels._C")).resolve().parent
-        self.package.mkdir(parents=True, exist_ok=True)
-        for old in self.package.glob("_C*.so"):
+        self.folder = Path(self.get_ext_fullpath("unif2ace_kernels._C")).resolve().parent
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob("_C*.so"):
             old.unlink()
         self.objects = Path(self.build_temp).resolve()
         self.record: dict = {"compiler": None, "nvcc": None, "cuda_archs": [], "torch": None}
@@ -106,7 +107,7 @@ class BuildExtension(build_ext):
         if missing["c++"]:
             missing["cuda c++"] = missing["cuda c++"] or missing["c++"]
         self.record["missing"] = missing
-        (self.package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        (self.folder / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
     def find_compiler(self) -> None:
         compiler = find_tool("CXX", ["c++", "g++", "clang++"], "C++ compiler")
@@ -129,7 +130,8 @@ class BuildExtension(build_ext):
 
     def compile_cuda(self) -> list[str]:
         self.host_command()
-        self.torch_folder()
+        if not ((self.torch_folder() / "lib" / "libtorch_cuda.so").exists() or ASKED_ARCHS):
+            raise CannotBuild("this torch has no CUDA; set UNIF2ACE_CUDA_ARCHS to build its kernels all the same")
         self.nvcc = find_tool("NVCC", ["nvcc"], "nvcc")
         self.record["nvcc"] = run([self.nvcc, "--version"]).split("release ")[1].split("\n")[0]
         command = [self.nvcc, *NVCC_FLAGS, "-ccbin", self.cxx, f"-I{CSRC}"]
@@ -155,7 +157,7 @@ class BuildExtension(build_ext):
         linker = [self.nvcc, "-ccbin", self.cxx, "-cudart", "static"] if cuda_objects else [self.cxx]
         # torch_cuda is named by weak symbols only, which the linker would not count as a need.
         keep = ["-Xlinker", "--no-as-needed"] if cuda_objects else ["-Wl,--no-as-needed"]
-        target = ["-o", str(self.package / "_C_ops.so")]
+        target = ["-o", str(self.folder / "_C_ops.so")]
         run([*linker, "-shared", *objects, *cuda_objects, *keep, f"-L{torch / 'lib'}", *libraries, *target])
 
     def build_module(self) -> None:
@@ -173,7 +175,7 @@ class BuildExtension(build_ext):
         ]:
             command.append(f"-DUNIF2ACE_{name}={json.dumps(value)}")
         objects = compile_objects([(CSRC / "bindings.cpp", command)], self.objects)
-        target = self.package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        target = self.folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         run([self.cxx, "-shared", *objects, "-o", str(target)])
 
     # setuptools asks for what was built, to copy it into wheels and to remove it again.
@@ -190,8 +192,11 @@ class BuildExtension(build_ext):
 
 EXTRAS = {
     "train": ["tokenizers", "safetensors", "transformers", "accelerate", "tqdm", "numpy", "pillow"],
-    "demo": ["numpy", "pillow", "matplotlib", "tqdm", "openvino", "onnxruntime", "opencv-python-headless", "scipy"],
-    "dev": ["pytest", "ruff", "mypy", "numpy", "scipy", "pybind11", "ninja", "setuptools"],
+    "demo": [
+        "numpy", "pillow", "matplotlib", "tqdm", "openvino", "opencv-python-headless", "scipy", "tokenizers",
+        "safetensors",
+    ],
+    "dev": ["pytest", "ruff", "mypy", "numpy", "scipy", "pybind11", "setuptools", "triton; platform_system == 'Linux'"],
     "peers": ["megablocks"],
     "flash": ["flash-attn"],
     "clip": ["open_clip_torch"],

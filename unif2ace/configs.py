@@ -134,7 +134,7 @@ class ModelConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     hidden: int = 192
     layers: int = 4
-    heads: int = 6
+    heads: int = 3
     rotary: float = 0.5
     parallel_block: bool = False
     ffn: int = 768

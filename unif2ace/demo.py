@@ -33,6 +33,7 @@ from unif2ace.files import read_json, replacing, write_json
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
 from unif2ace.model.text_tokenizer import TextTokenizer
 from unif2ace.model.transformer import UniF2ace
+from unif2ace.training import optimizers
 from unif2ace.training.loop import Schedule, fit
 from unif2ace.training.recipe import EncodedFaces, Recipe, RecipeConfig, initialise_codes
 
@@ -56,8 +57,8 @@ class DemoSettings:
     prompts: int
     tokenizer_batch: int = 16
     tokenizer_lr: float = 4e-3
-    model_lr: float = 2e-3
-    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
+    optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig()
+    recipe: RecipeConfig = RecipeConfig()
     seed: int = 0
 
 
@@ -128,8 +129,9 @@ def _tokenizer(settings: DemoSettings, folder: Path, faces: FaceSet) -> tuple[Im
     torch.manual_seed(settings.seed)
     tokenizer = ImageTokenizer(config)
     average = copy.deepcopy(tokenizer).eval()
-    schedule = Schedule(settings.tokenizer_steps, settings.tokenizer_lr)
-    name = fingerprint("tokenizer", config, schedule, settings.tokenizer_batch, settings.seed, faces.settings)
+    schedule = Schedule(settings.tokenizer_steps)
+    shaping = (config, schedule, settings.tokenizer_batch, settings.tokenizer_lr, settings.seed, faces.settings)
+    name = fingerprint("tokenizer", *shaping)
     path = folder / f"tokenizer-{name}.safetensors"
     if path.exists():
         average.load_state_dict(load_file(path))
@@ -174,8 +176,9 @@ def _model(
 ) -> tuple[Checkpoint, bool]:
     text = TextTokenizer.train(captions.all_texts())
     config = ModelConfig.tiny(VocabularyConfig(text=text.size, codes=tokenizer.config.codes))
-    schedule = Schedule(settings.model_steps, settings.model_lr)
-    name = fingerprint("model", config, schedule, settings.recipe, settings.seed, encoded.codes.sum().item())
+    schedule = Schedule(settings.model_steps)
+    shaping = (config, schedule, settings.optimizer, settings.recipe, settings.seed, encoded.codes.sum().item())
+    name = fingerprint("model", *shaping)
     path = folder / "checkpoint"
     stamp = folder / "checkpoint.fingerprint.json"
     if path.exists() and stamp.exists() and read_json(stamp) == name:
@@ -189,11 +192,8 @@ def _model(
         with torch.autocast("cpu", torch.bfloat16):
             return model.loss(recipe.batch(step))
 
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.model_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
     state = folder / "model_state.pt"
-    log = fit(model, [optimizer], loss, schedule, state, name="model", fingerprint=name)
+    log = fit(model, optimizers.build(model, settings.optimizer), loss, schedule, state, name="model", fingerprint=name)
     write_json(folder / "model_log.json", log)
     checkpoint = Checkpoint(model.eval(), tokenizer, text)
     checkpoint.save(path)

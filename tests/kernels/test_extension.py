@@ -100,7 +100,7 @@ def test_build_with_a_failing_compiler_is_no_error(build):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.slow  # compiles every room's C++
 def test_build_without_nvcc_leaves_out_cuda_alone(build):
-    record, libraries = build(NVCC="none")
+    record, libraries = build(NVCC="none", UNIF2ACE_CUDA_ARCHS="90a")
     assert "_C_ops.so" in libraries
     assert record["missing"]["c++"] is None
     assert record["missing"]["cuda c++"] == "no nvcc: NVCC=none"

@@ -26,22 +26,20 @@ Terms = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine from `lr` down to `lr * floor`.
+    """A factor on every learning rate: linear warm-up, then a cosine from 1 down to `floor`.
 
     Attributes:
         steps: length of the run.
-        lr: peak learning rate.
         warmup: steps of warm-up.
-        floor: share of `lr` at the end.
+        floor: the factor at the end.
     """
 
     steps: int
-    lr: float
     warmup: int = 50
     floor: float = 0.02
 
     def at(self, step: int) -> float:
-        """Factor on `lr` at `step`."""
+        """The factor at `step`."""
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
         return min(1.0, (step + 1) / self.warmup) * (self.floor + (1 - self.floor) * fall)
 
