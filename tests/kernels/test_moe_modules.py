@@ -75,7 +75,8 @@ def test_load_dense_wants_the_shared_width():
 
 def test_autocast_routes_in_float32_and_computes_in_bfloat16():
     layer, x, groups = make(shared_width=8)
-    _, full = layer(x, groups)
+    logits = F.linear(x.view(-1, 16), layer.router_weight)
+    full = moe.route(logits, groups.view(-1), (4, 3), 2, shared=1)
     with torch.autocast("cpu", torch.bfloat16):
         y, routing = layer(x, groups)
     y.float().sum().backward()
