@@ -79,12 +79,13 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"no checkpoint at {folder}: run `unif2ace demo` or name one with --checkpoint")
         config = read_json(folder / CONFIG)
-        if config.get("format") != FORMAT:
-            raise UserError(f"{folder / CONFIG} has format {config.get('format')}, this version reads {FORMAT}")
+        found = config.get("format") if isinstance(config, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{folder / CONFIG} has format {found}, this version reads {FORMAT}")
         try:
             model = UniF2ace(ModelConfig.from_dict(config["model"]))
             tokenizer = ImageTokenizer(ImageTokenizerConfig(**config["image_tokenizer"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from error
         if not (folder / TEXT).is_file():
             raise UserError(f"{folder / TEXT} is missing: copy the whole folder again")
@@ -95,6 +96,11 @@ class Checkpoint:
             text = TextTokenizer.load(folder / TEXT)
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             raise UserError(f"{folder / TEXT} is damaged ({error}): copy it again") from error
+        if text.end is None or text.size != model.config.vocabulary.text:
+            raise UserError(
+                f"{folder}: {CONFIG} and {TEXT} are of different models, {model.config.vocabulary.text} text tokens in "
+                f"the one, {text.size} in the other; put all files of one training run together"
+            )
         return cls(model.eval(), tokenizer.eval(), text)
 
 

@@ -16,9 +16,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it becomes `path`, on any error it is removed.
 
     Raises:
-        UserError: the file system refuses (full disk, no permission); the old file at `path` is untouched.
+        UserError: `path` names no file, or the file system refuses (full disk, no permission); the old file at
+            `path` is untouched.
     """
     path = Path(path)
+    if not path.name:
+        raise UserError(f"cannot write {path}: it names a folder, give the name of a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # never made, or its folder is not one
             partial.unlink()
 
 
@@ -43,11 +46,13 @@ def read_json(path: Path) -> dict:
     """Read a JSON file that this project wrote.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing, damaged or cannot be read.
     """
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run again") from error

@@ -29,10 +29,10 @@ class PaintSettings:
     """
 
     steps: int = 16
-    guidance: float = 2.0
+    guidance: float = 2.5
     temperature: float = 1.0
     choice_temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: float = 0.9
     seed: int = 0
 
 

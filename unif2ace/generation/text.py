@@ -38,19 +38,19 @@ def answer(
     codes = codes + config.vocabulary.code_range[0]
     texts = [list(question) for question in questions]
     answers: list[list[int]] = [[] for _ in texts]
-    open_rows = set(range(len(texts)))
+    unfinished = list(range(len(texts)))
     for _ in range(max_tokens):
-        batch = mmu_batch(codes, texts, identity, semantic, config)
-        hidden = model(batch).hidden
-        last = torch.tensor([config.image_tokens + 2 + len(text) for text in texts])
-        logits = model.head(hidden[torch.arange(len(texts)), last])[:, : config.vocabulary.text]
-        for row, token in enumerate(logits.argmax(dim=-1).tolist()):
+        rows = torch.tensor(unfinished)
+        batch = mmu_batch(codes[rows], [texts[row] for row in unfinished], identity[rows], semantic[rows], config)
+        last = torch.tensor([config.image_tokens + 2 + len(texts[row]) for row in unfinished])
+        hidden = model(batch).hidden[torch.arange(len(rows)), last]
+        said = model.head(hidden)[:, : config.vocabulary.text].argmax(dim=-1).tolist()
+        for row, token in zip(unfinished, said):
             texts[row].append(token)
-            if row in open_rows and token != end:
+            if token != end:
                 answers[row].append(token)
-            else:
-                open_rows.discard(row)
-        if not open_rows:
+        unfinished = [row for row, token in zip(unfinished, said) if token != end]
+        if not unfinished:
             break
     return answers
 

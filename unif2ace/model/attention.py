@@ -7,13 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_ALL_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
 
 def rotary_table(length: int, channels: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of position * base**(-2i / channels), each [length, channels / 2], float32."""
@@ -28,6 +21,15 @@ def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.T
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Scaled dot-product attention of [B, H, L, C] under an optional boolean mask (True: sees)."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # At the lengths of a face and its text the CPU's flash kernel has the slower backward.
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
@@ -45,8 +47,5 @@ class Attention(nn.Module):
         rows, length, hidden = x.shape
         q, k, v = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
-        # On the CPU the flash kernel's backward is the slower one at the lengths of a face and its text.
-        backends = [SDPBackend.MATH] if x.device.type == "cpu" and torch.is_grad_enabled() else _ALL_BACKENDS
-        with sdpa_kernel(backends):
-            y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, mask)
         return self.out(y.transpose(1, 2).reshape(rows, length, hidden))

@@ -6,7 +6,7 @@
 
 F is a frozen encoder's output (for noise: the embedded noise level) and S a resampler to the image's length. A router
 reads the mean of the sample's image tokens and takes top-K of its task's four experts. The chosen experts' sum is
-linear in x and in the resampled features, so all of it is one pass: y = a x + sum_k c_k S_k (`unif2ace_kernels.moe.mix`).
+linear in x and in the resampled features, so it is one pass, y = a x + sum_k c_k S_k: `unif2ace_kernels.moe.mix`.
 S depends on the sample alone, so it is computed once a forward pass and shared by the layers; routers and gates w are
 each layer's own.
 """
@@ -17,10 +17,10 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from unif2ace_kernels import moe
 
 from unif2ace.configs import MMU, T2I, ModelConfig
+from unif2ace.model.attention import attend
 
 EXPERTS = (("copy", "zero", "noise", "copy"), ("clip", "face", "copy", "copy"))
 NOISE, CLIP, FACE = range(3)
@@ -49,7 +49,7 @@ class Resampler(nn.Module):
             self.key_value(tokens).view(*tokens.shape[:2], 2, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
         )
         q = self.queries.to(k.dtype).view(-1, self.heads, hidden // self.heads).transpose(0, 1).expand(rows, -1, -1, -1)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class NoiseLevel(nn.Module):
@@ -125,11 +125,12 @@ class SequenceMoE(nn.Module):
 
     def forward(self, x: torch.Tensor, task: torch.Tensor, injected: torch.Tensor) -> tuple[torch.Tensor, moe.Routing]:
         """x [B, N, D] image tokens, task [B], injected [B, 3, N, D] -> ([B, N, D], the layer's routing)."""
-        logits = self.router(self.norm(x.mean(dim=1))).float()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits = self.router(self.norm(x.mean(dim=1))).to(dtype)
         routing = moe.route(logits, task, self.group_sizes, self.top_k, balance_coef=self.balance)
         weight = torch.zeros_like(logits).scatter(1, routing.expert, routing.weight)
-        gate = torch.sigmoid(self.gate.float())
-        from_x = self.keeps + self.injects @ gate
-        from_injected = self.injects * (1 - gate)
-        coef = torch.cat([(weight @ from_x)[:, None], weight @ from_injected], dim=1)
+        gate = torch.sigmoid(self.gate.to(dtype))
+        # Products and sums, since autocast would round a matrix product's coefficients: two copies must make one x.
+        each = torch.cat([(self.keeps + (self.injects * gate).sum(1))[:, None], self.injects * (1 - gate)], dim=1)
+        coef = (weight[:, :, None] * each).sum(1)
         return moe.mix(x, coef, injected.to(x.dtype)), routing

@@ -4,7 +4,7 @@
     mmu   <mmu> <soi> code_1 .. code_N <eoi> question answer <end> ... pad       right-padded
 
 t2i: text is causal, the rows <soi> .. <eoi> see everything but padding. mmu: causal, and every row sees the whole
-prefix through <eoi>. (Show-o's layout and masks; its mmu mask takes row 0's <eoi> for the whole batch, ours each row's.)
+prefix through <eoi>. (Layout and masks are Show-o's; its mmu mask takes row 0's <eoi> for all rows, ours each row's.)
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ class Batch:
 
     @classmethod
     def join(cls, parts: Sequence[Batch], pad: int) -> Batch:
-        """One batch of all rows, the shorter ones padded on the right with the token id `pad`."""
-        length = max(part.tokens.shape[1] for part in parts)
+        """One batch of all rows, padded on the right with the token id `pad` to a multiple of 8.
+
+        Lengths that recur from step to step let the CPU's matrix library keep the kernels that it builds a shape.
+        """
+        length = -(-max(part.tokens.shape[1] for part in parts) // 8) * 8
         fills = {"tokens": pad, "valid": False, "labels": IGNORE}
 
         def stack(name: str) -> torch.Tensor:

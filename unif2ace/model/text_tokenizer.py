@@ -59,8 +59,8 @@ class TextTokenizer:
         return self.tokenizer.decode(kept).strip()
 
     def save(self, path: Path) -> None:
-        self.tokenizer.save(str(path))
+        Path(path).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
-        return cls(Tokenizer.from_file(str(path)))
+        return cls(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))

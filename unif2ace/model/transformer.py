@@ -153,14 +153,18 @@ class UniF2ace(nn.Module):
         config, switch = self.config, self.config.loss
         output = self(batch)
         length = batch.tokens.shape[1]
+        generates = batch.task == T2I
+        # D3Diff averages over its own samples: they are numbered among themselves, mmu rows count for nothing.
+        sample = (generates.cumsum(0) - 1).clamp(min=0)
+        mask_prob = batch.mask_prob[generates] if generates.any() else batch.mask_prob[:1]
         total, stats = d3diff.joint_loss(
             output.hidden.flatten(0, 1),
             self.head.weight,
             self.head.bias,
             batch.labels.flatten(),
-            (batch.task == T2I).repeat_interleave(length),
-            batch.mask_prob,
-            torch.arange(len(batch.task), device=batch.task.device).repeat_interleave(length),
+            generates.repeat_interleave(length),
+            mask_prob,
+            sample.repeat_interleave(length),
             image_coef=switch.t2i,
             text_coef=switch.mmu,
             code_range=config.vocabulary.code_range,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,7 @@ def fit(
         KeyboardInterrupt: after the state was saved.
     """
     start, log, spent = 0, [], 0.0
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if state_path.exists():
         state = _read_state(state_path)
         if state["fingerprint"] == fingerprint:
@@ -84,25 +86,22 @@ def fit(
             if ema is not None:
                 ema.load_state_dict(state["ema"])
             start, log, spent = state["step"], state["log"], state["seconds"]
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    if start:
-        factor = schedule.at(start - 1)
-        peaks = [[lr / factor for lr in each] for each in peaks]
 
     def save(step: int) -> None:
+        state = {
+            "fingerprint": fingerprint,
+            "step": step,
+            "seconds": spent,
+            "log": log,
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "ema": ema.state_dict() if ema is not None else None,
+        }
         with replacing(state_path) as partial:
-            torch.save(
-                {
-                    "fingerprint": fingerprint,
-                    "step": step,
-                    "seconds": spent,
-                    "log": log,
-                    "model": model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "ema": ema.state_dict() if ema is not None else None,
-                },
-                partial,
-            )
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # what torch's writer makes of a full disk
+                raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
 
     model.train()
     saved_at = began = time.monotonic()
@@ -168,5 +167,5 @@ def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
 def _read_state(path: Path) -> dict:
     try:
         return torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged; delete it to train from the start") from error

@@ -43,8 +43,8 @@ class RecipeConfig:
     seed: of everything that is drawn.
     """
 
-    t2i: int = 32
-    mmu: int = 12
+    t2i: int = 24
+    mmu: int = 20
     questions: int = 3
     guidance_dropout: float = 0.1
     seed: int = 0

@@ -1,0 +1,63 @@
+"""README.md says what the committed results say, and its file tree is the repository's."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = json.loads((ROOT / "docs" / "demo" / "results.json").read_text())
+
+
+def _rows(marker: str) -> list[list[str]]:
+    """Cells of the table between <!-- marker --> and <!-- /marker -->, without its head."""
+    block = re.search(rf"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", README, re.S)
+    assert block, f"README.md has no part {marker}"
+    lines = [line for line in block[1].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_attribute_table_is_the_committed_result():
+    painted, answered = (RESULTS[part]["attributes"] for part in ("generation", "understanding"))
+    expected = [
+        [
+            name,
+            f"{painted[name]['match']:.2f}",
+            f"{painted[name]['chance']:.2f}",
+            f"{painted[name]['p']:.0e}",
+            f"{answered[name]['accuracy']:.2f}",
+            f"{answered[name]['majority']:.2f}",
+            f"{answered[name]['p']:.0e}",
+        ]
+        for name in painted
+    ]
+    assert _rows("attributes") == expected
+
+
+def test_time_table_is_the_committed_result():
+    seconds = RESULTS["seconds"]
+    assert _rows("seconds") == [[*(f"{value:.0f}" for value in seconds.values()), f"{sum(seconds.values()):.0f}"]]
+
+
+def test_file_tree_has_every_file_once():
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", README, re.S)
+    assert tree, "README.md has no part tree"
+    folders: list[str] = []
+    listed = []
+    for line in tree[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, what = line.strip().partition(" ")
+        assert what.strip(), f"{name} has no words beside it"
+        folders = [*folders[:depth], name]
+        if not name.endswith("/"):
+            listed.append("".join(folders))
+    try:
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout: nothing says which files belong to it")
+    assert sorted(listed) == sorted(set(done.stdout.split()))
