@@ -144,8 +144,8 @@ class MaskedDiffusionSampler:
         """How many tokens [B] to mask after `step`: of [B, N] now unknown, and [B] unknown at the start."""
         now = unknown.sum(-1)
         if self.counts == "exact":
-            # Rounded first to 1e-9, so that a share such as 1 - 1/3 does not lose a token to its last bit.
-            wanted = (at_start * self.masked_share(step + 1) + 1e-9).floor().long()
+            # In float64 and 1e-9 up, so that a share such as 1 - 1/3 does not lose a token to its last bit.
+            wanted = (at_start.double() * self.masked_share(step + 1) + 1e-9).floor().long()
             return torch.minimum(wanted, now - 1).clamp(min=0)
         ratio = torch.tensor((step + 1) / self.steps, dtype=torch.float32)
         if self.schedule == "cosine":
