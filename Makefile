@@ -15,15 +15,17 @@ DEMO_READY := $(VENV)/.demo-$(PINS)
 DEV_READY := $(VENV)/.dev-$(PINS)
 # There while packages are being installed: an installation that was cut off is started over.
 INSTALLING := $(VENV)/.installing
+# How long it took, for the demo's account of its time.
+INSTALL_SECONDS := $(VENV)/.install-seconds
 EXTENSION := kernels/unif2ace_kernels/_build.json
 
 .PHONY: demo demo-small test test-all lint bench gpu clean
 
 demo: $(DEMO_READY) $(EXTENSION)
-	$(VENV)/bin/unif2ace demo
+	UNIF2ACE_INSTALL_SECONDS=$$(cat $(INSTALL_SECONDS)) $(VENV)/bin/unif2ace demo
 
 demo-small: $(DEMO_READY) $(EXTENSION)
-	$(VENV)/bin/unif2ace demo --small
+	UNIF2ACE_INSTALL_SECONDS=$$(cat $(INSTALL_SECONDS)) $(VENV)/bin/unif2ace demo --small
 
 test: $(DEV_READY) $(EXTENSION)
 	$(PY) -m pytest -m "not slow"
@@ -57,10 +59,11 @@ $(DEMO_READY):
 	      "or name another Python >= 3.10: make PYTHON=..." >&2; exit 1; }; \
 	fi
 	rm -f $(VENV)/.demo-* $(VENV)/.dev-*
-	touch $(INSTALLING)
+	date +%s >$(INSTALLING)
 	$(PIP) torch setuptools pybind11
 	$(PIP) --no-build-isolation -e '.[demo]'
 	$(PIP) --no-deps $(NO_DEPS)
+	echo $$(($$(date +%s) - $$(cat $(INSTALLING)))) >$(INSTALL_SECONDS)
 	rm $(INSTALLING)
 	touch $@
 

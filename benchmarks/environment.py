@@ -53,6 +53,7 @@ def cpu_name() -> str:
 def implementations(device_type: str) -> dict[str, str]:
     """Which implementation of each of the package's ops runs on the device."""
     import torch
+
     from unif2ace_kernels import d3diff, moe, random, sampling  # noqa: F401  their import registers the ops
     from unif2ace_kernels._library import explain, registered_ops
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from unif2ace_kernels import random
 
 from ..case import FORWARD, Baseline, Case, Outputs, Work

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from unif2ace_kernels import sampling
 
 from ..case import FORWARD, TOLERANCE, Baseline, Case, Outputs, Work, compiled, relative_error

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from aot import ARCHS, SHARED_LIMIT, compile_ahead  # noqa: E402
+
 from unif2ace_kernels.random import gumbel_triton  # noqa: E402
 
 GUMBEL = (

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from unif2ace_kernels import d3diff
 from unif2ace_kernels._library import explain
 from unif2ace_kernels.d3diff import head

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from unif2ace_kernels import d3diff
 from unif2ace_kernels.d3diff import reference
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from unif2ace_kernels import d3diff
 from unif2ace_kernels._philox import NOISE_STREAM, random_words, uniform
 

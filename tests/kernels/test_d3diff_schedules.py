@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from unif2ace_kernels import d3diff
 
 NAMES = ("cosine", "log_linear", "linear", "arccos")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from unif2ace_kernels.d3diff import theorem1
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from unif2ace_kernels import _library
 
 ROOT = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from unif2ace_kernels._library import explain
 from unif2ace_kernels.moe import activation_torch, experts, reference, route
 from unif2ace_kernels.moe.activation_torch import ACTIVATIONS, GATED

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from unif2ace_kernels.moe import mix, reference
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from unif2ace_kernels import moe
 from unif2ace_kernels.moe import GroupedMoE, reference
 

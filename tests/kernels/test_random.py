@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import assert_bits_equal, execute
+
 from unif2ace_kernels import _library, _philox, _triton
 from unif2ace_kernels.random import NOISE_STREAM, REMASK_STREAM, TOKEN_STREAM, gumbel, reference
 from unif2ace_kernels.random.ops import _gumbel_torch

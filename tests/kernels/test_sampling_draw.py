@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from unif2ace_kernels import _philox
 from unif2ace_kernels._library import EXTENSION_MISSING, explain
 from unif2ace_kernels.sampling import draw_torch, reference, sample_from_hidden, sample_from_logits

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from unif2ace_kernels import _philox
 from unif2ace_kernels.sampling import MaskedDiffusionSampler, reference
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from unif2ace_kernels import sampling
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.model.image_tokenizer import to_uint8
 from unif2ace.model.sequences import t2i_batch, t2i_prompts
 from unif2ace.model.transformer import UniF2ace
+from unif2ace_kernels import sampling
 
 
 @dataclass(frozen=True)

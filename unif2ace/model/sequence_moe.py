@@ -17,10 +17,10 @@ import math
 
 import torch
 from torch import nn
-from unif2ace_kernels import moe
 
 from unif2ace.configs import MMU, T2I, ModelConfig
 from unif2ace.model.attention import attend
+from unif2ace_kernels import moe
 
 EXPERTS = (("copy", "zero", "noise", "copy"), ("clip", "face", "copy", "copy"))
 NOISE, CLIP, FACE = range(3)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn import functional as F
-from unif2ace_kernels import d3diff, moe
 
 from unif2ace.configs import T2I, ModelConfig
 from unif2ace.model.attention import Attention, rotary_table
 from unif2ace.model.sequence_moe import Injection, SequenceMoE
 from unif2ace.model.sequences import Batch, attention_mask
+from unif2ace_kernels import d3diff, moe
 
 
 @dataclass

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from unif2ace_kernels import d3diff
 
 from unif2ace.configs import ModelConfig
 from unif2ace.data import captions
@@ -15,6 +14,7 @@ from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.sequences import IGNORE, Batch, mmu_batch, t2i_batch, t2i_prompts
 from unif2ace.model.text_tokenizer import TextTokenizer
 from unif2ace.model.transformer import UniF2ace
+from unif2ace_kernels import d3diff
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from unif2ace_kernels import _triton
 from unif2ace_kernels._triton import interleave, words_of_groups
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from unif2ace_kernels import _philox
 from unif2ace_kernels._checks import expect, expect_choice, expect_tensor
 from unif2ace_kernels._library import Implementation, compiled, register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from unif2ace_kernels._philox import random_words, uniform
 
 
