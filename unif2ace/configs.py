@@ -72,7 +72,7 @@ class TokenMoEConfig:
     experts: tuple[int, int] = (4, 4)
     top_k: int = 2
     width: int = 128
-    shared_width: int = 256
+    shared_width: int = 128
     balance: tuple[float, float] = (0.01, 0.01)
 
 
@@ -133,7 +133,7 @@ class ModelConfig:
 
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     hidden: int = 192
-    layers: int = 4
+    layers: int = 3
     heads: int = 3
     rotary: float = 0.5
     parallel_block: bool = False

@@ -62,7 +62,7 @@ class DemoSettings:
     seed: int = 0
 
 
-FULL = DemoSettings(faces=2700, held_out=300, tokenizer_steps=1500, model_steps=480, prompts=96)
+FULL = DemoSettings(faces=2700, held_out=300, tokenizer_steps=1500, model_steps=540, prompts=96)
 SMALL = DemoSettings(faces=96, held_out=32, tokenizer_steps=60, model_steps=12, prompts=12)
 
 

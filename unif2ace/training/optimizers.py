@@ -23,8 +23,8 @@ class OptimizerConfig:
     weight_decay: of both.
     """
 
-    lr: float = 4e-3
-    matrix_lr: float = 4e-3
+    lr: float = 6e-3
+    matrix_lr: float = 6e-3
     weight_decay: float = 0.02
 
 
