@@ -91,7 +91,7 @@ def register(
 
 
 def _choose(name: str, device: str) -> tuple[Implementation | None, tuple[tuple[str, str], ...]]:
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for candidate in _IMPLEMENTATIONS[name]:
         if device not in candidate.devices:
             continue
@@ -176,6 +176,6 @@ def build_information() -> dict[str, str]:
     Raises:
         ImportError: the extension's Python module was not built.
     """
-    from unif2ace_kernels import _C
+    from ._C import build_information as recorded
 
-    return _C.build_information()
+    return recorded()

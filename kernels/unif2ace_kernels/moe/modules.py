@@ -42,6 +42,8 @@ class GroupedMoE(nn.Module):
         ValueError: naming the argument.
     """
 
+    selection_bias: Tensor | None
+
     def __init__(
         self,
         hidden: int,
@@ -76,12 +78,15 @@ class GroupedMoE(nn.Module):
 
         total = sum(sizes) + groups * self.shared
         in_width = expert_width * (2 if activation in GATED else 1)
-        kind = {"device": device, "dtype": dtype}
-        self.router_weight = nn.Parameter(torch.empty(sum(sizes), hidden, **kind))
-        self.experts_w_in = nn.Parameter(torch.empty(total, hidden, in_width, **kind))
-        self.experts_w_out = nn.Parameter(torch.empty(total, expert_width, hidden, **kind))
-        self.experts_b_in = nn.Parameter(torch.empty(total, in_width, **kind)) if bias else None
-        self.experts_b_out = nn.Parameter(torch.empty(total, hidden, **kind)) if bias else None
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.router_weight = parameter(sum(sizes), hidden)
+        self.experts_w_in = parameter(total, hidden, in_width)
+        self.experts_w_out = parameter(total, expert_width, hidden)
+        self.experts_b_in = parameter(total, in_width) if bias else None
+        self.experts_b_out = parameter(total, hidden) if bias else None
         needs_bias = scoring == "sigmoid"
         self.register_buffer("selection_bias", torch.zeros(sum(sizes), device=device) if needs_bias else None)
         self.reset_parameters()
@@ -124,7 +129,8 @@ class GroupedMoE(nn.Module):
 
         selection_bias += rate * sign(1 - f), once a training step (arXiv 2412.19437, section 2.1.2).
         """
-        expect(self.selection_bias is not None, "scoring", "'sigmoid', which has a selection_bias", repr(self.scoring))
+        if self.selection_bias is None:
+            raise ValueError(f"scoring: expected 'sigmoid', which has a selection_bias, got {self.scoring!r}")
         self.selection_bias += rate * (1 - routing.frequency).sign()
 
     @classmethod
@@ -185,7 +191,7 @@ class GroupedMoE(nn.Module):
         self.experts_w_in.copy_(w_in[piece])
         self.experts_w_out.copy_(out_weight.t().reshape(pieces, width, self.hidden)[piece])
         self.experts_w_out[:routed] = 0
-        if self.experts_b_in is None:
+        if self.experts_b_in is None or self.experts_b_out is None:
             expect(in_bias is None and out_bias is None, "in_bias, out_bias", "None, as bias=False", "a tensor")
             return
         self.experts_b_in.zero_()

@@ -261,15 +261,15 @@ def experts(
     expect_choice(activation, "activation", activation_torch.ACTIVATIONS)
     expect_tensor(x, "x", shape=["T", "D"], dtypes=_FLOATS)
     total, (tokens, hidden) = routing.counts.shape[0], x.shape
-    like_x = {"dtypes": (x.dtype,), "device_of": ("x", x)}
-    expect_tensor(routing.weight, "routing.weight", shape=[tokens, "S"], dtypes=_FLOATS, device_of=("x", x))
-    expect_tensor(w_out, "w_out", shape=[total, "F", hidden], **like_x)
+    dtypes, device_of = (x.dtype,), ("x", x)
+    expect_tensor(routing.weight, "routing.weight", shape=[tokens, "S"], dtypes=_FLOATS, device_of=device_of)
+    expect_tensor(w_out, "w_out", shape=[total, "F", hidden], dtypes=dtypes, device_of=device_of)
     width = w_out.shape[1] * (2 if activation in activation_torch.GATED else 1)
-    expect_tensor(w_in, "w_in", shape=[total, hidden, width], **like_x)
+    expect_tensor(w_in, "w_in", shape=[total, hidden, width], dtypes=dtypes, device_of=device_of)
     if b_in is not None:
-        expect_tensor(b_in, "b_in", shape=[total, width], **like_x)
+        expect_tensor(b_in, "b_in", shape=[total, width], dtypes=dtypes, device_of=device_of)
     if b_out is not None:
-        expect_tensor(b_out, "b_out", shape=[total, hidden], **like_x)
+        expect_tensor(b_out, "b_out", shape=[total, hidden], dtypes=dtypes, device_of=device_of)
     return _experts(x, routing.weight, routing.order, routing.offsets, w_in, b_in, w_out, b_out, activation)[0]
 
 

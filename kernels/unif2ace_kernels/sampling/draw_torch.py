@@ -115,8 +115,9 @@ def sample_logits(
     tile_rows = _tile_rows(ids.device, codes)
 
     def branches_of(index: Tensor) -> tuple[Tensor, Tensor | None]:
-        both = uncond is not None and guidance != 0
-        return cond[index, window].to(dtype), uncond[index, window].to(dtype) if both else None
+        if uncond is None or guidance == 0:
+            return cond[index, window].to(dtype), None
+        return cond[index, window].to(dtype), uncond[index, window].to(dtype)
 
     arguments = (guidance, temperature, top_k, top_p, confidence)
     return _sample_rows(branches_of, ids, unknown, rows, seed, offset, first_code, compact, dtype, tile_rows, arguments)
