@@ -1,0 +1,230 @@
+"""A model on disk: back to the same bits, whole or not there, and every way it can be wrong said in one line."""
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+
+import pytest
+import tiny
+import torch
+from safetensors import SafetensorError
+
+from unif2ace import checkpoint as module
+from unif2ace.checkpoint import CONFIG, TEXT, WEIGHTS, Checkpoint
+from unif2ace.configs import VocabularyConfig
+from unif2ace.errors import UserError
+from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.model.transformer import UniF2ace
+
+TEXT_TOKENIZER = tiny.text_tokenizer()
+
+
+def make(seed=0, **changes) -> Checkpoint:
+    torch.manual_seed(seed)
+    config = tiny.config(vocabulary=VocabularyConfig(TEXT_TOKENIZER.size, 16), **changes)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(side=16, bits=4, fine=8, coarse=8, blocks=1))
+    return Checkpoint(UniF2ace(config).eval(), tokenizer.eval(), TEXT_TOKENIZER)
+
+
+def outputs(checkpoint: Checkpoint) -> list[torch.Tensor]:
+    config = checkpoint.model.config
+    batch = tiny.single(tiny.mixed(config=config))
+    codes = torch.arange(16).view(4, 4)
+    with torch.no_grad():
+        return [checkpoint.model(batch).hidden, checkpoint.image_tokenizer.decode(codes)]
+
+
+def same_outputs(a: Checkpoint, b: Checkpoint) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(outputs(a), outputs(b)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "checkpoint"
+    make().save(folder)
+    return folder
+
+
+def assert_one_line(folder, *words) -> None:
+    with pytest.raises(UserError) as raised:
+        Checkpoint.load(folder)
+    message = str(raised.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"token_moe": None}, {"sequence_moe": None}, {"parallel_block": True, "image_positions": False}],
+    ids=["full", "no token experts", "no sequence experts", "Show-o's block"],
+)
+def test_a_model_comes_back_to_the_bit(tmp_path, changes):
+    before = make(**changes)
+    before.save(tmp_path / "checkpoint")
+    after = Checkpoint.load(tmp_path / "checkpoint")
+    assert same_outputs(before, after) and not same_outputs(make(seed=1, **changes), after)
+    assert after.model.config == before.model.config
+    assert after.image_tokenizer.config == before.image_tokenizer.config
+    assert not after.model.training and not after.image_tokenizer.training
+    ids = after.text_tokenizer.encode("a face with dark hair")
+    assert ids == TEXT_TOKENIZER.encode("a face with dark hair") and after.text_tokenizer.end == TEXT_TOKENIZER.end
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint"]
+
+
+def test_a_new_one_takes_the_place_of_the_old(saved):
+    make(seed=1).save(saved)
+    assert same_outputs(Checkpoint.load(saved), make(seed=1))
+    assert os.listdir(saved.parent) == ["checkpoint"] and sorted(os.listdir(saved)) == sorted([CONFIG, WEIGHTS, TEXT])
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, TEXT])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    assert_one_line(saved, name, "missing")
+
+
+def test_a_missing_folder_says_what_to_run(tmp_path):
+    assert_one_line(tmp_path / "nowhere", "no checkpoint at", "nowhere", "unif2ace demo")
+    (tmp_path / "file").write_text("")
+    assert_one_line(tmp_path / "file", "no checkpoint at")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, TEXT])
+def test_a_truncated_file_is_named(saved, name, part):
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: int(len(content) * part)])
+    assert_one_line(saved, name, "damaged")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x80", b"[1, 2]", b'"text"', b"{}", b"null", b'{"format": 99}'])
+def test_a_config_that_is_none_is_named(saved, content):
+    (saved / CONFIG).write_bytes(content)
+    assert_one_line(saved, CONFIG)
+
+
+def edit(saved, change) -> None:
+    config = json.loads((saved / CONFIG).read_text())
+    change(config)
+    (saved / CONFIG).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.pop("model"),
+        lambda config: config.pop("image_tokenizer"),
+        lambda config: config.update(model="text"),
+        lambda config: config["model"].update(hiden=3),
+        lambda config: config["model"].update(hidden="wide"),
+        lambda config: config["model"].update(token_moe=7),
+        lambda config: config["model"]["token_moe"].update(top_k=100),
+        lambda config: config["image_tokenizer"].update(colour=True),
+    ],
+)
+def test_a_config_that_describes_no_model_is_named(saved, change):
+    edit(saved, change)
+    assert_one_line(saved, CONFIG, "does not describe a model")
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    [
+        (lambda config: config["model"].update(hidden=64), "attention"),
+        (lambda config: config["model"].update(layers=1), "blocks.1"),
+        (lambda config: config["model"].update(layers=3), "blocks.2"),
+        (lambda config: config["model"].update(token_moe=None), "experts"),
+        (lambda config: config["image_tokenizer"].update(bits=5), "bits"),
+    ],
+)
+def test_weights_of_another_model_are_not_taken(saved, change, name):
+    edit(saved, change)
+    assert_one_line(saved, CONFIG, WEIGHTS, "different models", name)
+
+
+def test_a_text_tokenizer_of_another_model_is_not_taken(saved):
+    """Its ids would run into the special tokens', or name other words."""
+    TextTokenizer.train(["another text altogether"], size=300).save(saved / TEXT)
+    assert_one_line(saved, CONFIG, TEXT, "different models")
+
+
+def test_a_tokenizer_without_an_end_is_not_taken(saved):
+    content = json.loads((saved / TEXT).read_text())
+    content["added_tokens"] = []
+    content["model"]["vocab"]["<|end|>"] = content["model"]["vocab"].pop("<|endoftext|>")
+    (saved / TEXT).write_text(json.dumps(content))
+    assert_one_line(saved, TEXT)
+
+
+def assert_old_one_is_whole(saved) -> None:
+    assert os.listdir(saved.parent) == ["checkpoint"]
+    assert same_outputs(Checkpoint.load(saved), make())
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_a_full_disk_leaves_the_old_one(saved, size):
+    """A real limit on the size of files, which every writer meets in its own way: weights, tokenizer, config."""
+    new = make(seed=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(UserError) as raised:
+            new.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write" in str(raised.value) and "free space" in str(raised.value) and "\n" not in str(raised.value)
+    assert_old_one_is_whole(saved)
+
+
+@pytest.mark.parametrize("writer", ["save_file", "write_json", "text"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("no space")])
+def test_whichever_file_does_not_fit_the_old_one_stays(saved, monkeypatch, writer, error):
+    def fail(*arguments):
+        raise error
+
+    owner, name = (TextTokenizer, "save") if writer == "text" else (module, writer)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(UserError, match="cannot write .*checkpoint.*free space"):
+        make(seed=1).save(saved)
+    monkeypatch.undo()
+    assert_old_one_is_whole(saved)
+
+
+def test_ctrl_c_while_saving_leaves_the_old_one(saved, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(seed=1).save(saved)
+    monkeypatch.undo()
+    assert_old_one_is_whole(saved)
+
+
+def test_a_failure_between_the_renames_brings_the_old_one_back(saved, monkeypatch):
+    rename = module.Path.rename
+
+    def fail(self, target):
+        if target == saved and self.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(module.Path, "rename", fail)
+    with pytest.raises(UserError, match="cannot write"):
+        make(seed=1).save(saved)
+    monkeypatch.undo()
+    assert_old_one_is_whole(saved)
+
+
+def test_a_place_that_cannot_hold_it_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        make().save(tmp_path / "file" / "checkpoint")
+
+
+def test_configs_are_stored_whole(saved):
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["model"] == json.loads(json.dumps(make().model.config.to_dict()))
+    assert config["image_tokenizer"] == dataclasses.asdict(make().image_tokenizer.config)
