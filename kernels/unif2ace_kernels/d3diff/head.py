@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .objective import Coefficients
+
 # Float32 logits of a chunk. At D = 2048 and 8192 columns a step takes 1.18 s with 2 or 4 MiB, 0.97 s with 16, 0.95 s
 # with 32 (two cores): below 16 MiB the sum for the weight's gradient passes over memory too often.
 CHUNK_BYTES = 16 << 20
@@ -45,12 +47,12 @@ class HeadOutputs(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Softmax statistics of a chunk of rows, [M] each; p is [M, C]."""
+    """Softmax statistics of a chunk of rows, [M] each; p is [M, C], mass is P (0 where there are no codes)."""
 
     p: torch.Tensor
     ce: torch.Tensor
     lse: torch.Tensor
-    mass: torch.Tensor | None
+    mass: torch.Tensor
     hit: torch.Tensor
 
 
@@ -58,8 +60,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_terms_(z: torch.Tensor, target: torch.Tensor, codes: tuple[int, int] | None) -> RowTerms:
-    """Statistics of logits z [M, C], targets counted from column 0; p takes the memory of z."""
+def row_terms_(z: torch.Tensor, target: torch.Tensor, codes: tuple[int, int]) -> RowTerms:
+    """Statistics of logits z [M, C], targets and codes counted from column 0; p takes the memory of z."""
     top = z.amax(-1)
     if z.device.type == "cpu" and bool(torch.isneginf(top).any()):
         raise ValueError("logits: expected a logit above -inf in every row, got a row of -inf")
@@ -67,8 +69,18 @@ def row_terms_(z: torch.Tensor, target: torch.Tensor, codes: tuple[int, int] | N
     p = torch.softmax(z, -1, out=z)
     # The largest p is 1 / sum(exp(z - top)) in [1 / C, 1]: its log never underflows, unlike log p_target.
     log_sum = -torch.log(p.amax(-1))
-    mass = None if codes is None else p[:, codes[0] : codes[1]].sum(-1)
+    mass = p[:, codes[0] : codes[1]].sum(-1)
     return RowTerms(p, (top - at_target) + log_sum, top + log_sum, mass, at_target >= top)
+
+
+def code_columns(codes: Sequence[int], start: int, mass_weight: torch.Tensor | None) -> tuple[int, int]:
+    """The codes counted from column `start`; none of them where P is not asked for."""
+    return (0, 0) if mass_weight is None else (codes[0] - start, codes[1] - start)
+
+
+def exponent(lse: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """u = lse + shift."""
+    return lse if shift is None else lse + shift
 
 
 def penalty(u: torch.Tensor) -> torch.Tensor:
@@ -77,38 +89,27 @@ def penalty(u: torch.Tensor) -> torch.Tensor:
     return torch.expm1(low) + torch.exp(low) * (u - low) - u
 
 
-def row_losses(
-    terms: RowTerms,
-    ce_weight: torch.Tensor,
-    penalty_weight: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    mass_weight: torch.Tensor | None,
-) -> torch.Tensor:
+def row_losses(terms: RowTerms, row: Coefficients) -> torch.Tensor:
     """a CE + b (e^u - 1 - u) + c P, [M]; a row of weight 0 is 0 even where CE is infinite."""
-    loss = torch.where(ce_weight == 0, 0, ce_weight * terms.ce)
-    if penalty_weight is not None:
-        loss = loss + torch.where(penalty_weight == 0, 0, penalty_weight * penalty(terms.lse + shift))
-    if mass_weight is not None:
-        loss = loss + mass_weight * terms.mass
+    loss = torch.where(row.ce == 0, 0, row.ce * terms.ce)
+    if row.penalty is not None:
+        loss = loss + torch.where(row.penalty == 0, 0, row.penalty * penalty(exponent(terms.lse, row.shift)))
+    if row.mass is not None:
+        loss = loss + row.mass * terms.mass
     return loss
 
 
 def logit_gradient_(
-    terms: RowTerms,
-    target: torch.Tensor,
-    ce_weight: torch.Tensor,
-    penalty_weight: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    mass_weight: torch.Tensor | None,
-    codes: tuple[int, int] | None,
+    terms: RowTerms, target: torch.Tensor, row: Coefficients, codes: tuple[int, int]
 ) -> torch.Tensor:
     """G / a [M, C] in place of p; rows with a = 0 are 0, as b and c are multiples of a's parts."""
-    p, inverse = terms.p, torch.where(ce_weight == 0, 0, 1 / ce_weight)
-    if penalty_weight is not None:
-        kappa = 1 + penalty_weight * inverse * torch.expm1((terms.lse + shift).clamp(max=MAX_EXPONENT))
+    p, inverse = terms.p, torch.where(row.ce == 0, 0, 1 / row.ce)
+    if row.penalty is not None:
+        u = exponent(terms.lse, row.shift)
+        kappa = 1 + row.penalty * inverse * torch.expm1(u.clamp(max=MAX_EXPONENT))
         p.mul_(kappa[:, None])
-    if mass_weight is not None:
-        pull = mass_weight * inverse
+    if row.mass is not None:
+        pull = row.mass * inverse
         inside = 1 + pull * (1 - terms.mass)
         outside = 1 - pull * terms.mass
         p[:, codes[0] : codes[1]].mul_(inside[:, None])
@@ -147,29 +148,27 @@ def head_torch(
     d_weight = hidden.new_zeros((columns, features) if grad_weight else 0, dtype=dtype)
     d_bias = hidden.new_zeros(columns if grad_bias else 0, dtype=dtype)
     any_grad = grad_hidden or grad_weight or grad_bias
+    coefficients = Coefficients(ce_weight, penalty_weight, shift, mass_weight)
 
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
         labelled = targets != ignore_index if group is None else (targets != ignore_index) & (group == index)
         rows = labelled.nonzero()[:, 0]
         w = weight[start:end].to(compute_dtype)
         b = None if bias is None else bias[start:end].to(dtype)
-        local_codes = (codes[0] - start, codes[1] - start) if mass_weight is not None else None
+        local_codes = code_columns(codes, start, mass_weight)
         for chunk, buffers in _chunks(rows, end - start, compute_dtype, dtype):
             x = hidden.index_select(0, chunk).to(compute_dtype)
             target = targets.index_select(0, chunk) - start
-            row = [None if each is None else each.index_select(0, chunk).to(dtype)
-                   for each in (ce_weight, penalty_weight, shift, mass_weight)]
+            row = coefficients.at(chunk, dtype)
             terms = row_terms_(_logits(x, w, b, buffers), target, local_codes)
-            loss += row_losses(terms, *row).sum(dtype=torch.float64)
-            ce[chunk], lse[chunk], hit[chunk] = terms.ce, terms.lse, terms.hit
-            if terms.mass is not None:
-                mass[chunk] = terms.mass
+            loss += row_losses(terms, row).sum(dtype=torch.float64)
+            ce[chunk], lse[chunk], mass[chunk], hit[chunk] = terms.ce, terms.lse, terms.mass, terms.hit
             if not any_grad:
                 continue
-            g = logit_gradient_(terms, target, *row, local_codes)
+            g = logit_gradient_(terms, target, row, local_codes)
             if grad_bias:
-                d_bias[start - first : end - first].addmv_(g.t(), row[0])
-            g = torch.mul(g, row[0][:, None], out=g if buffers.low is None else buffers.low)
+                d_bias[start - first : end - first].addmv_(g.t(), row.ce)
+            g = torch.mul(g, row.ce[:, None], out=g if buffers.low is None else buffers.low)
             if grad_hidden:
                 d_hidden[chunk] = (g @ w).to(hidden.dtype)
             if grad_weight:

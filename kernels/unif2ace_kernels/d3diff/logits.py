@@ -6,12 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .head import RowTerms, accumulation_dtype, logit_gradient_, row_losses, row_terms_
-
-
-def _labelled(targets, ignore_index, weights, dtype):
-    rows = (targets != ignore_index).nonzero()[:, 0]
-    return rows, [None if each is None else each.index_select(0, rows).to(dtype) for each in weights]
+from .head import RowTerms, accumulation_dtype, code_columns, logit_gradient_, row_losses, row_terms_
+from .objective import Coefficients
 
 
 def logits_torch(
@@ -30,16 +26,14 @@ def logits_torch(
     dtype = accumulation_dtype(logits.dtype)
     ce, lse, mass = (logits.new_zeros(logits.shape[0], dtype=dtype) for _ in range(3))
     hit = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
-    rows, row = _labelled(targets, ignore_index, (ce_weight, penalty_weight, shift, mass_weight), dtype)
+    rows = (targets != ignore_index).nonzero()[:, 0]
     if rows.numel() == 0:
         return logits.new_zeros((), dtype=dtype), ce, lse, mass, hit
     z = logits[:, start:end].index_select(0, rows).to(dtype)
-    local_codes = (codes[0] - start, codes[1] - start) if mass_weight is not None else None
-    terms = row_terms_(z, targets.index_select(0, rows) - start, local_codes)
-    ce[rows], lse[rows], hit[rows] = terms.ce, terms.lse, terms.hit
-    if terms.mass is not None:
-        mass[rows] = terms.mass
-    return row_losses(terms, *row).sum(dtype=torch.float64).to(dtype), ce, lse, mass, hit
+    terms = row_terms_(z, targets.index_select(0, rows) - start, code_columns(codes, start, mass_weight))
+    ce[rows], lse[rows], mass[rows], hit[rows] = terms.ce, terms.lse, terms.mass, terms.hit
+    row = Coefficients(ce_weight, penalty_weight, shift, mass_weight).at(rows, dtype)
+    return row_losses(terms, row).sum(dtype=torch.float64).to(dtype), ce, lse, mass, hit
 
 
 def logits_backward_torch(
@@ -60,13 +54,14 @@ def logits_backward_torch(
     """Torch implementation of `unif2ace::d3diff_logits_backward`: the gradient of the logits [T, V]."""
     dtype = accumulation_dtype(logits.dtype)
     gradient = torch.zeros_like(logits)
-    rows, row = _labelled(targets, ignore_index, (ce_weight, penalty_weight, shift, mass_weight), dtype)
+    rows = (targets != ignore_index).nonzero()[:, 0]
     if rows.numel() == 0:
         return gradient
     lse, mass = lse.index_select(0, rows), mass.index_select(0, rows)
     p = logits[:, start:end].index_select(0, rows).to(dtype).sub_(lse[:, None]).exp_()
-    local_codes = (codes[0] - start, codes[1] - start) if mass_weight is not None else None
     terms = RowTerms(p, lse, lse, mass, lse)
-    g = logit_gradient_(terms, targets.index_select(0, rows) - start, *row, local_codes)
-    gradient[rows, start:end] = (g * (row[0] * grad_loss)[:, None]).to(logits.dtype)
+    row = Coefficients(ce_weight, penalty_weight, shift, mass_weight).at(rows, dtype)
+    local_codes = code_columns(codes, start, mass_weight)
+    g = logit_gradient_(terms, targets.index_select(0, rows) - start, row, local_codes)
+    gradient[rows, start:end] = (g * (row.ce * grad_loss)[:, None]).to(logits.dtype)
     return gradient

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .._checks import expect, expect_tensor
-from .head import accumulation_dtype, penalty
-from .objective import Objective, RowWeights, row_weights
+from .head import accumulation_dtype, exponent, penalty
+from .objective import Coefficients, Objective, RowWeights, row_weights
 from .ops import head_op, logits_op, noise_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -188,7 +189,7 @@ def next_token_loss(
     if shift:
         expect(labels.dim() == 2, "labels", "shape [B, N] with shift=True", list(labels.shape))
         labels = shift_labels(labels, ignore_index)
-    hidden, labels, _ = _flatten(hidden, "hidden", labels, None, None, "labels")
+    hidden, labels = _flatten_labels(hidden, "hidden", labels, "labels")
     _check_head(hidden, weight, bias)
     start, end = (0, weight.shape[0]) if columns is None else columns
     expect(0 <= start < end <= weight.shape[0], "columns", f"0 <= start < end <= V = {weight.shape[0]}", columns)
@@ -251,7 +252,7 @@ def joint_loss(
     )
     text_rows = _plain_rows(text)
     weights = image_rows.combined(image_coef * objective.ce_coef, image_coef * objective.alpha)
-    weights = (weights[0] + text_coef * text_rows.mask, *weights[1:])
+    weights = weights._replace(ce=weights.ce + text_coef * text_rows.mask)
     value, *terms = _head(
         hidden, weight, bias, targets, (~is_image).to(torch.int64), weights, [columns, (0, vocabulary)],
         objective.code_range, ignore_index,
@@ -270,19 +271,31 @@ def _plain_rows(valid: torch.Tensor) -> RowWeights:
     return RowWeights(mask, zero, None, None, None, zero)
 
 
-def _normalised(
-    weights: tuple[torch.Tensor | None, ...], dtype: torch.dtype
-) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+def _normalised(weights: Coefficients, dtype: torch.dtype) -> tuple[Coefficients, torch.Tensor]:
     """The weights over the largest A, and that A: gradients kept in half types then stay within their range."""
-    ce_weight, penalty_weight, shift, mass_weight = weights
-    size = ce_weight.amax().clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = [ce_weight / size, None if penalty_weight is None else penalty_weight / size, shift,
-              None if mass_weight is None else mass_weight / size]  # fmt: skip
     dtype = accumulation_dtype(dtype)
-    return [None if each is None else each.to(dtype) for each in scaled], size.to(dtype)
+    size = weights.ce.amax().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def over_size(weight: torch.Tensor | None) -> torch.Tensor | None:
+        return None if weight is None else (weight / size).to(dtype)
+
+    shift = None if weights.shift is None else weights.shift.to(dtype)
+    ce = (weights.ce / size).to(dtype)
+    return Coefficients(ce, over_size(weights.penalty), shift, over_size(weights.mass)), size.to(dtype)
 
 
-def _head(hidden, weight, bias, targets, group, weights, columns, codes, ignore_index):
+def _head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    group: torch.Tensor | None,
+    weights: Coefficients,
+    columns: Sequence[tuple[int, int]],
+    codes: tuple[int, int],
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, and ce, lse, mass, hit of each row."""
     device = hidden.device.type
     compute_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if compute_dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -313,12 +326,12 @@ def _stats(
 
     score = total(rows.score, ce)
     if rows.penalty is not None:
-        score = score + total(rows.penalty, penalty(lse + rows.shift))
+        score = score + total(rows.penalty, penalty(exponent(lse, rows.shift)))
     if rows.mass is not None:
         score = score + total(rows.mass, mass)
-    mean_lse, accuracy = total(rows.mask, lse), total(rows.mask, hit)
-    scalars = (total(rows.mask, ce), score, rows.constant.sum(), mean_lse)
-    return LossStats(*(each.to(ce.dtype) for each in scalars), valid.sum(), accuracy.to(ce.dtype))
+    scalars = (total(rows.mask, ce), score, rows.constant.sum(), total(rows.mask, lse), total(rows.mask, hit))
+    mean_ce, score, constant, mean_lse, accuracy = (each.to(ce.dtype) for each in scalars)
+    return LossStats(mean_ce, score, constant, mean_lse, valid.sum(), accuracy)
 
 
 def _objective(objective: Objective | None, options: dict) -> Objective:
@@ -328,32 +341,34 @@ def _objective(objective: Objective | None, options: dict) -> Objective:
     return objective
 
 
-def _flatten(
-    rows: torch.Tensor,
-    name: str,
-    targets: torch.Tensor,
-    mask_prob: torch.Tensor | None,
-    sample_id: torch.Tensor | None,
-    targets_name: str = "targets",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """[T, *], [T] and the sample of each row, from either layout."""
+def _flatten_labels(
+    rows: torch.Tensor, name: str, targets: torch.Tensor, targets_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, *] and [T], from either layout."""
     expect_tensor(rows, name, dtypes=_FLOATS)
     expect(rows.dim() in (2, 3), name, "shape [T, *] or [B, N, *]", f"shape {list(rows.shape)}")
     expect(rows.numel() > 0, name, "at least one row and one column", f"shape {list(rows.shape)}")
     expect_tensor(targets, targets_name, shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows))
-    if mask_prob is not None:
-        batch = rows.shape[0] if rows.dim() == 3 and sample_id is None else "B"
-        expect_tensor(mask_prob, "mask_prob", shape=(batch,), dtypes=_FLOATS, device_of=(name, rows))
-        expect(mask_prob.shape[0] > 0, "mask_prob", "at least one sample", "shape [0]")
-        if sample_id is None:
-            expect(rows.dim() == 3, "sample_id", f"int64 [T] with {name} [T, *]", None)
-            sample_id = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
-        else:
-            expect_tensor(
-                sample_id, "sample_id", shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows)
-            )
-            sample_id = sample_id.reshape(-1)
-    return rows.reshape(-1, rows.shape[-1]), targets.reshape(-1), sample_id
+    return rows.reshape(-1, rows.shape[-1]), targets.reshape(-1)
+
+
+def _flatten(
+    rows: torch.Tensor,
+    name: str,
+    targets: torch.Tensor,
+    mask_prob: torch.Tensor,
+    sample_id: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[T, *], [T] and the sample of each row, from either layout."""
+    flat = _flatten_labels(rows, name, targets, "targets")
+    batch = rows.shape[0] if rows.dim() == 3 and sample_id is None else "B"
+    expect_tensor(mask_prob, "mask_prob", shape=(batch,), dtypes=_FLOATS, device_of=(name, rows))
+    expect(mask_prob.shape[0] > 0, "mask_prob", "at least one sample", "shape [0]")
+    if sample_id is None:
+        expect(rows.dim() == 3, "sample_id", f"int64 [T] with {name} [T, *]", None)
+        return *flat, torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+    expect_tensor(sample_id, "sample_id", shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows))
+    return *flat, sample_id.reshape(-1)
 
 
 def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

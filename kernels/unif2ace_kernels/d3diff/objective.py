@@ -77,6 +77,20 @@ class Objective:
         return self.code_range if self.score == "full_vocab" else self.columns(vocabulary)
 
 
+class Coefficients(NamedTuple):
+    """Of rows whose loss is a CE + b (e^u - 1 - u) + c P, u = lse + shift; [T] each, None: no such term, no shift."""
+
+    ce: torch.Tensor
+    penalty: torch.Tensor | None
+    shift: torch.Tensor | None
+    mass: torch.Tensor | None
+
+    def at(self, rows: torch.Tensor, dtype: torch.dtype) -> Coefficients:
+        """Those of the rows at `rows` [M], in `dtype`."""
+        penalty, shift, mass = (None if each is None else each.index_select(0, rows).to(dtype) for each in self[1:])
+        return Coefficients(self.ce.index_select(0, rows).to(dtype), penalty, shift, mass)
+
+
 class RowWeights(NamedTuple):
     """Coefficients of T rows: float64 [T], 0 in rows without a label, or None where the reading has no such term.
 
@@ -93,11 +107,11 @@ class RowWeights(NamedTuple):
     mass: torch.Tensor | None
     constant: torch.Tensor
 
-    def combined(self, ce_coef: float, alpha: float) -> tuple[torch.Tensor | None, ...]:
-        """(A, B, shift, C) of the whole loss."""
+    def combined(self, ce_coef: float, alpha: float) -> Coefficients:
+        """A, B, shift and C of the whole loss."""
         penalty = None if self.penalty is None else alpha * self.penalty
         mass = None if self.mass is None else alpha * self.mass
-        return ce_coef * self.mask + alpha * self.score, penalty, self.shift, mass
+        return Coefficients(ce_coef * self.mask + alpha * self.score, penalty, self.shift, mass)
 
 
 def row_weights(

@@ -102,7 +102,9 @@ def d3diff_loss(
     ce = cross_entropy(z, token, code_range, full)
     rate = torch.ones_like(mask_prob) if sigma is None else sigma
     row_scale = None if scale is None else scale[sample]
-    options = dict(code_range=code_range, full_normalizer=full_normalizer, scale=row_scale)
-    score = rate[sample] * score_terms(z, token, mask_prob[sample], reading, **options)
+    terms = score_terms(
+        z, token, mask_prob[sample], reading, code_range=code_range, full_normalizer=full_normalizer, scale=row_scale
+    )
+    score = rate[sample] * terms
     count = mask_prob.numel() if reduction == "sum_per_sample" else token.numel()
     return ce_coef * ce.mean() + alpha * score.sum() / count

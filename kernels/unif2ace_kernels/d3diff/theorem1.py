@@ -64,7 +64,7 @@ def bayes_theta(count: int, scale: float, seed: int = 1) -> tuple[torch.Tensor, 
         consistent = ((POINTS == seen) | (seen == TOKENS)).all(-1)
         for i, v in itertools.product(range(POSITIONS), range(TOKENS)):
             joint = q[:, consistent & (POINTS[:, i] == v)].sum(-1)
-            theta[(slice(None), *context, i, v)] = torch.log(joint) - torch.log(q[:, consistent].sum(-1))
+            theta[:, context[0], context[1], context[2], i, v] = torch.log(joint) - torch.log(q[:, consistent].sum(-1))
     return q, theta
 
 
@@ -79,7 +79,7 @@ def terms(theta: torch.Tensor) -> Terms:
             cross_entropy[i, s] = -theta[:, context[:, 0], context[:, 1], context[:, 2], i, POINTS[:, i]]
             by_size[:, :, len(s) - 1] += cross_entropy[i, s]
     orders = [
-        -sum(cross_entropy[order[j], tuple(sorted(order[j:]))] for j in range(POSITIONS))
+        -torch.stack([cross_entropy[order[j], tuple(sorted(order[j:]))] for j in range(POSITIONS)]).sum(0)
         for order in itertools.permutations(range(POSITIONS))
     ]
     nll = math.log(len(orders)) - torch.logsumexp(torch.stack(orders), 0)
