@@ -168,19 +168,20 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
         """The inverse of `to_dict`; lists become tuples again."""
-        nested = {
+        nested: dict[str, type] = {
             "vocabulary": VocabularyConfig,
             "token_moe": TokenMoEConfig,
             "sequence_moe": SequenceMoEConfig,
             "loss": LossConfig,
         }
 
-        def build(kind: type, given: dict) -> object:
+        def arguments(kind: type, given: dict) -> dict:
             known = {each.name for each in dataclasses.fields(kind)}
             unknown = sorted(set(given) - known)
             if unknown:
                 raise ValueError(f"config: expected the keys {sorted(known)}, got also {unknown}")
-            return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
-        parts = {key: build(kind, values[key]) for key, kind in nested.items() if values.get(key) is not None}
-        return build(cls, {**values, **parts})
+        present = {key: kind for key, kind in nested.items() if values.get(key) is not None}
+        parts = {key: kind(**arguments(kind, values[key])) for key, kind in present.items()}
+        return cls(**arguments(cls, {**values, **parts}))

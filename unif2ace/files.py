@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from unif2ace.errors import UserError
 
@@ -42,7 +43,7 @@ def write_json(path: Path, value: object) -> None:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> Any:
     """Read a JSON file that this project wrote.
 
     Raises:

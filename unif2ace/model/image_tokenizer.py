@@ -53,6 +53,8 @@ class Residual(nn.Module):
 class ImageTokenizer(nn.Module):
     """See the module's text. Images are float [B, 3, side, side] in [-1, 1]."""
 
+    powers: torch.Tensor
+
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
@@ -110,7 +112,7 @@ class ImageTokenizer(nn.Module):
         signs = torch.where(z > 0, 1.0, -1.0)
         out = self.render(z + (signs - z).detach()).float()
         pixels = F.mse_loss(out, images)
-        edges = sum(F.mse_loss(out.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
+        edges = torch.stack([F.mse_loss(out.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3)]).sum()
         commitment = F.mse_loss(z, signs)
         chance = torch.sigmoid(4 * z)
         unsure, used = _bit_entropy(chance).mean(), _bit_entropy(chance.mean(0)).mean()

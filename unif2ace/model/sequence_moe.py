@@ -55,6 +55,8 @@ class Resampler(nn.Module):
 class NoiseLevel(nn.Module):
     """Sinusoidal embedding of the masked share m in (0, 1], [B] to [B, 1, channels]."""
 
+    frequency: torch.Tensor
+
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
         frequency = torch.exp(torch.linspace(0.0, math.log(1000.0), channels // 2))
@@ -74,6 +76,8 @@ class Injection(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         moe_config = config.sequence_moe
+        if moe_config is None:
+            raise ValueError("config.sequence_moe: expected a SequenceMoEConfig, got None")
 
         def resampler(channels: int, single: bool) -> Resampler:
             return Resampler(
@@ -105,9 +109,14 @@ class Injection(nn.Module):
 class SequenceMoE(nn.Module):
     """One layer's router and gates; see the module's text."""
 
+    keeps: torch.Tensor
+    injects: torch.Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         moe_config = config.sequence_moe
+        if moe_config is None:
+            raise ValueError("config.sequence_moe: expected a SequenceMoEConfig, got None")
         self.top_k, self.balance = moe_config.top_k, moe_config.balance
         missing = {name for name in ("clip", "face") if not getattr(moe_config, name)}
         names = [["copy" if name in missing else name for name in group] for group in EXPERTS]

@@ -105,12 +105,13 @@ class UniF2ace(nn.Module):
             nn.Parameter(torch.zeros(config.image_tokens, config.hidden)) if (config.image_positions) else None
         )
         self.injection = Injection(config) if config.sequence_moe is not None else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = [Block(config) for _ in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.hidden)
         self.head = nn.Linear(config.hidden, size)
         self.rotary_channels = int(config.rotary * (config.hidden // config.heads)) // 2 * 2
         self.apply(self._initialise)
-        for block in self.blocks:
+        for block in blocks:
             nn.init.normal_(block.attention.out.weight, std=0.02 / (2 * config.layers) ** 0.5)
 
     @staticmethod

@@ -53,7 +53,8 @@ def _matrices(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def build(model: UniF2ace, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """The two optimizers of a model's parameters, each parameter in exactly one."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         in_block = name.startswith("blocks.") and name.endswith(("weight", "w_in", "w_out")) and "router" not in name
         (matrices if in_block and parameter.dim() >= 2 else others).append(parameter)

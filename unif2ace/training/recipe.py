@@ -90,10 +90,9 @@ class Recipe:
                 wanted += [False] * len(asked) + [True] * len(said)
             texts.append(ids)
             answers.append(wanted)
-        chosen = torch.from_numpy(chosen)
-        faces = self.faces
-        codes = faces.codes[chosen] + self.model.vocabulary.code_range[0]
-        return mmu_batch(codes, texts, faces.identity[chosen], faces.semantic[chosen], self.model, answers)
+        index, faces = torch.from_numpy(chosen), self.faces
+        codes = faces.codes[index] + self.model.vocabulary.code_range[0]
+        return mmu_batch(codes, texts, faces.identity[index], faces.semantic[index], self.model, answers)
 
 
 @torch.no_grad()
