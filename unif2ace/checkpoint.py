@@ -96,7 +96,7 @@ class Checkpoint:
             text = TextTokenizer.load(folder / TEXT)
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             raise UserError(f"{folder / TEXT} is damaged ({error}): copy it again") from error
-        if text.end is None or text.size != model.config.vocabulary.text:
+        if text.size != model.config.vocabulary.text:
             raise UserError(
                 f"{folder}: {CONFIG} and {TEXT} are of different models, {model.config.vocabulary.text} text tokens in "
                 f"the one, {text.size} in the other; put all files of one training run together"

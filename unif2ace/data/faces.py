@@ -10,12 +10,16 @@ smoothed, slightly less saturated approximations of the generator's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from unif2ace.data._packages import package_file
 from unif2ace.errors import UserError
+
+if TYPE_CHECKING:
+    import openvino
 
 SIZE = 64
 STYLE = 512
@@ -88,13 +92,13 @@ class FaceGenerator:
         parts = [self._mapping({0: padded[i : i + 256]})[0].copy() for i in range(0, len(padded), 256)]
         return np.concatenate(parts)[:count] if parts else noise
 
-    def _synthesis(self, *outputs: str) -> object:
+    def _synthesis(self, *outputs: str) -> openvino.Model:
         """The synthesis network with the named layers as its outputs."""
         network = self._core.read_model(self._synthesis_file)
         layers = {layer.get_friendly_name(): layer for layer in network.get_ordered_ops()}
         return self._openvino.Model([layers[name].output(0) for name in outputs], network.get_parameters(), "faces")
 
-    def _with_readout(self, readout: np.ndarray) -> object:
+    def _with_readout(self, readout: np.ndarray) -> openvino.Model:
         """The network up to the cut, then the read-out as a 1 x 1 convolution: three channels leave, not 512."""
         ops = self._openvino.opset13
         network = self._synthesis(_CUT)
@@ -104,7 +108,9 @@ class FaceGenerator:
         rgb = ops.add(ops.convolution(features, weight, [1, 1], [0, 0], [0, 0], [1, 1]), bias)
         return self._openvino.Model([rgb.output(0)], network.get_parameters(), "faces")
 
-    def _stream(self, network: object, styles: np.ndarray) -> Iterator[tuple[int, list[np.ndarray]]]:
+    def _stream(
+        self, network: openvino.CompiledModel, styles: np.ndarray
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Run `styles` one by one, as many at a time as there are streams, and give the outputs in order."""
         requests = [network.create_infer_request() for _ in range(self._streams)]
         for index in range(len(styles) + self._streams):

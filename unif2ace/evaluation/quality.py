@@ -9,6 +9,7 @@ with hindsight from the same faces; a one-sided exact McNemar test on the faces 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from unif2ace.generation.text import answer_codes
 from unif2ace.model.image_tokenizer import to_uint8
 from unif2ace.model.sequence_moe import EXPERTS
 from unif2ace.training.recipe import EncodedFaces, Recipe, RecipeConfig
+from unif2ace_kernels import moe
 
 SHOWN = 48  # held-out faces whose caption is painted for the report
 
@@ -147,14 +149,21 @@ def _held_out_loss(checkpoint: Checkpoint, faces: EncodedFaces, seed: int) -> di
 
 @torch.no_grad()
 def _expert_use(checkpoint: Checkpoint, faces: EncodedFaces, seed: int) -> dict[str, list]:
-    """How often each expert of each layer is chosen, as a share of its group's choices: [layer][expert] by task."""
+    """How often each expert of each layer is chosen, as a share of its group's choices: [layer][expert] by task.
+
+    A level that the model does not have is left out.
+    """
     model = checkpoint.model
     config = RecipeConfig(t2i=64, mmu=64, guidance_dropout=0.0, seed=seed)
     output = model(Recipe(faces, checkpoint.text_tokenizer, model.config, config).batch(0))
+    levels: list[tuple[str, list[moe.Routing], Sequence[int]]] = []
+    if model.config.token_moe is not None:
+        levels.append(("token", output.token_routings, model.config.token_moe.experts))
+    if model.config.sequence_moe is not None:
+        levels.append(("sequence", output.sequence_routings, [len(group) for group in EXPERTS]))
     use: dict[str, list] = {}
-    for level, routings in (("token", output.token_routings), ("sequence", output.sequence_routings)):
+    for level, routings, sizes in levels:
         for task, name in enumerate(TASKS):
-            sizes = model.config.token_moe.experts if level == "token" else [len(group) for group in EXPERTS]
             first = sum(sizes[:task])
             counts = [routing.counts[first : first + sizes[task]].double() for routing in routings]
             use[f"{level}_{name}"] = [(each / each.sum().clamp(min=1)).tolist() for each in counts]

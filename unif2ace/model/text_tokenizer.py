@@ -13,11 +13,17 @@ END = "<|endoftext|>"
 
 
 class TextTokenizer:
-    """A `tokenizers.Tokenizer` with the one special token that begins and ends a text."""
+    """A `tokenizers.Tokenizer` with the one special token that begins and ends a text.
+
+    Raises:
+        ValueError: `tokenizer` lacks that token.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.end = tokenizer.token_to_id(END)
+        end = tokenizer.token_to_id(END)
+        if end is None:
+            raise ValueError(f"tokenizer: expected one with the token {END}, got one without")
+        self.tokenizer, self.end = tokenizer, end
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int = 1024) -> TextTokenizer:
