@@ -113,7 +113,10 @@ def run(settings: DemoSettings, folder: Path) -> None:
 
 def fingerprint(*parts: object) -> str:
     """Short name of settings, and of whatever else shapes a stage's result."""
-    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    plain = [
+        dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
+        for part in parts
+    ]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
