@@ -16,7 +16,7 @@ from unif2ace.checkpoint import CONFIG, TEXT, WEIGHTS, Checkpoint
 from unif2ace.configs import VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.model.text_tokenizer import END, TextTokenizer
 from unif2ace.model.transformer import UniF2ace
 
 TEXT_TOKENIZER = tiny.text_tokenizer()
@@ -142,6 +142,12 @@ def test_a_config_that_describes_no_model_is_named(saved, change):
 def test_weights_of_another_model_are_not_taken(saved, change, name):
     edit(saved, change)
     assert_one_line(saved, CONFIG, WEIGHTS, "different models", name)
+
+
+def test_a_text_tokenizer_without_its_end_token_is_not_taken(saved):
+    """Of the right size, so that only the token tells."""
+    (saved / TEXT).write_text(TEXT_TOKENIZER.tokenizer.to_str().replace(END, "<|another|>"))
+    assert_one_line(saved, TEXT, END)
 
 
 def test_a_text_tokenizer_of_another_model_is_not_taken(saved):

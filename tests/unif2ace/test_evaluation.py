@@ -1,5 +1,6 @@
 """The statistics on cases worked out by hand, and the whole evaluation on an untrained model."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -128,6 +129,14 @@ def test_expert_use_is_shares_of_choices(case):
             shares = np.array(use[f"{level}_{name}"])
             assert shares.shape == (config.layers, experts)
             assert np.allclose(shares.sum(1), 1) and shares.max() <= 0.5 + 1e-9  # of two choices that differ
+
+
+@pytest.mark.parametrize("missing, left", [("token", "sequence"), ("sequence", "token")])
+def test_expert_use_leaves_out_a_level_that_the_model_does_not_have(case, missing, left):
+    checkpoint, _, encoded = case
+    config = dataclasses.replace(checkpoint.model.config, **{f"{missing}_moe": None})
+    changed = dataclasses.replace(checkpoint, model=UniF2ace(config).eval())
+    assert list(quality._expert_use(changed, encoded, seed=0)) == [f"{left}_{task}" for task in TASKS]
 
 
 def test_the_whole_evaluation(case, monkeypatch):

@@ -147,6 +147,12 @@ def test_noise_levels_that_the_model_must_tell_apart_are_apart():
     assert distance.min() > 0.1
 
 
+@pytest.mark.parametrize("kind", [Injection, SequenceMoE])
+def test_a_config_without_sequence_experts_is_named(kind):
+    with pytest.raises(ValueError, match="sequence_moe"):
+        kind(tiny.config(sequence_moe=None))
+
+
 def test_the_gates_start_half_way_and_are_learned():
     module = SequenceMoE(dataclasses.replace(tiny.CONFIG, sequence_moe=SequenceMoEConfig(top_k=4))).double()
     x, injected = inputs()
