@@ -154,11 +154,11 @@ class ModelConfig:
 
     @classmethod
     def base(cls) -> ModelConfig:
-        """The paper's 1.8B shape on Show-o's backbone (256 px: 256 image tokens)."""
+        """The paper's 1.8B shape on Show-o's backbone, 256 px: 1.80 B parameters, 1.05 B of them used by a token."""
         return cls(
             hidden=2048, layers=24, heads=32, parallel_block=True, ffn=8192, image_tokens=256, text_slots=129,
             image_positions=False, identity=512, semantic=1024,
-            token_moe=TokenMoEConfig(experts=(4, 4), top_k=4, width=512, shared_width=2048),
+            token_moe=TokenMoEConfig(experts=(8, 8), top_k=4, width=512, shared_width=1536),
         )  # fmt: skip
 
     def to_dict(self) -> dict:

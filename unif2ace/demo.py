@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.configs import ModelConfig, VocabularyConfig
@@ -106,7 +106,7 @@ def run(settings: DemoSettings, folder: Path) -> None:
     logs = {name: read_json(folder / f"{name}_log.json") for name in ("tokenizer", "model")}
     report.write(folder, results, logs, timer.seconds)
     timer.record("report", time.monotonic() - start)
-    write_json(folder / "results.json", {**results.numbers, "seconds": timer.seconds})
+    write_json(folder / "results.json", {"faces": len(faces), **results.numbers, "seconds": timer.seconds})
     print(report.summary(results, timer.seconds, time.monotonic() - began))
     print(f"report: {folder / 'report.html'}")
 
@@ -156,7 +156,7 @@ def _tokenizer(settings: DemoSettings, folder: Path, faces: FaceSet) -> tuple[Im
     log = fit(tokenizer, [optimizer], loss, schedule, state, name="tokenizer", fingerprint=name, ema=average)
     write_json(folder / "tokenizer_log.json", log)
     with replacing(path) as partial:
-        save_file(average.state_dict(), partial)
+        partial.write_bytes(save(average.state_dict()))
     state.unlink()
     return average, True
 

@@ -53,7 +53,7 @@ class Head:
 SHOWO = {"V": 58498, "first": 50305, "C": 8192, "D": 2048}
 HEADS = [
     ("smoke", Head(4, 16, 32, 96, 40, 48), "made up, tiny", ("cpu", "cuda")),
-    ("demo", Head(32, 64, 192, 1547, 522, 1024), "the demo's model, 32 faces", ("cpu", "cuda")),
+    ("demo", Head(24, 64, 192, 1439, 414, 1024), "the demo's model, 24 faces a step", ("cpu", "cuda")),
     ("paper-2x256", Head(2, 256, **SHOWO), "Show-o's head, 2 images of 256 tokens", ("cpu", "cuda")),
     ("paper-16x256", Head(16, 256, **SHOWO), "Show-o's head, 16 images of 256 tokens", ("cuda",)),
     ("paper-16x1024", Head(16, 1024, **SHOWO), "Show-o's head, 16 images of 1,024 tokens", ("cuda",)),

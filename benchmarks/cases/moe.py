@@ -54,9 +54,9 @@ class Layer:
 
 LAYERS = [
     ("smoke", Layer(96, 32, 16, 4, 2, 1), "made up, tiny", ("cpu", "cuda")),
-    ("demo", Layer(32 * 98, 192, 128, 4, 2, 2), "the demo's model, 32 sequences of 98", ("cpu", "cuda")),
-    ("paper-1k", Layer(1024, 2048, 512, 4, 4, 4), "ModelConfig.base(), 1,024 tokens", ("cpu", "cuda")),
-    ("paper-16k", Layer(16384, 2048, 512, 4, 4, 4), "ModelConfig.base(), 16,384 tokens", ("cuda",)),
+    ("demo", Layer(44 * 104, 192, 128, 4, 2, 1), "the demo's model, 44 rows of 104 a step", ("cpu", "cuda")),
+    ("paper-1k", Layer(1024, 2048, 512, 8, 4, 3), "ModelConfig.base(), 1,024 tokens", ("cpu", "cuda")),
+    ("paper-16k", Layer(16384, 2048, 512, 8, 4, 3), "ModelConfig.base(), 16,384 tokens", ("cuda",)),
     ("fine-16k", Layer(16384, 2048, 512, 16, 4, 0), "32 experts of width 512 in two groups", ("cuda",)),
     ("swiglu-24k", Layer(24576, 1536, 512, 32, 4, 0, "swiglu"),
      "the shape that public MoE kernels report (E 64, K 4, n 512, d 1536)", ("cuda",)),
@@ -210,7 +210,7 @@ def _route_work(size: Layer, mode: str, device: torch.device) -> Work:
 
 MIXES = [  # B, L, M, D
     ("smoke", (2, 4, 2, 16), "made up, tiny", ("cpu", "cuda")),
-    ("demo", (32, 64, 2, 192), "the demo's model, 32 faces", ("cpu", "cuda")),
+    ("demo", (44, 64, 3, 192), "the demo's model, 44 faces a step", ("cpu", "cuda")),
     ("paper-16", (16, 256, 2, 2048), "ModelConfig.base(), 16 images of 256 tokens", ("cpu", "cuda")),
     ("paper-16x1024", (16, 1024, 2, 2048), "ModelConfig.base(), 16 images of 1,024 tokens", ("cuda",)),
 ]

@@ -38,7 +38,7 @@ class Grid:
 SHOWO = {"V": 58498, "first": 50305, "C": 8192, "D": 2048}
 GRIDS = [
     ("smoke", Grid(4, 16, 10, 32, 97, 40, 56), "made up, tiny", ("cpu", "cuda")),
-    ("demo", Grid(16, 64, 41, 192, 1547, 522, 1024), "the demo's model, 16 faces", ("cpu", "cuda")),
+    ("demo", Grid(16, 64, 41, 192, 1439, 414, 1024), "the demo's model, 16 faces", ("cpu", "cuda")),
     ("paper-2x256", Grid(2, 256, 166, **SHOWO), "Show-o's head, 2 images of 256 tokens", ("cpu", "cuda")),
     ("paper-16x256", Grid(16, 256, 166, **SHOWO), "Show-o's head, 16 images of 256 tokens", ("cuda",)),
     ("paper-64x256", Grid(64, 256, 166, **SHOWO), "Show-o's head, 64 images of 256 tokens", ("cuda",)),

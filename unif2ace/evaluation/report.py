@@ -111,18 +111,18 @@ def _figure(path: Path, figure: plt.Figure) -> None:
 
 def _draw_losses(logs: dict[str, list[dict]]) -> plt.Figure:
     panels = [
-        ("tokenizer", ["pixels", "edges"], "image tokenizer: squared error"),
-        ("model", ["mask", "mmu"], "model: masked codes, next token (nats)"),
-        ("model", ["score"], "model: score term, sum over a sample (nats)"),
-        ("model", ["balance"], "model: balance losses"),
+        ("tokenizer", ["pixels", "edges"], "log", "image tokenizer: squared error"),
+        ("model", ["mask"], "linear", "masked codes (nats)"),
+        ("model", ["score"], "linear", "score term, sum over a sample (nats)"),
+        ("model", ["mmu"], "log", "next token of answers (nats)"),
+        ("model", ["balance"], "linear", "balance losses, all routers"),
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 3.4), layout="constrained")
-    for axis, (log, terms, title) in zip(axes, panels):
+    figure, axes = plt.subplots(1, len(panels), figsize=(18, 3.4), layout="constrained")
+    for axis, (log, terms, scale, title) in zip(axes, panels):
         for term in terms:
             steps, values = zip(*((row["step"], row[term]) for row in logs[log] if term in row))
             axis.plot(steps, values, label=term, linewidth=1)
-        axis.set(title=title, xlabel="step")
-        axis.set_yscale("log")
+        axis.set(title=title, xlabel="step", yscale=scale)
         axis.legend()
     return figure
 
