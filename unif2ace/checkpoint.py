@@ -1,6 +1,6 @@
 """A trained model in one folder: weights as safetensors, sizes as JSON, the text tokenizer.
 
-config.json            every size, and the attribute thresholds that the model's words go by
+config.json            every size
 model.safetensors      the transformer and the image tokenizer
 text_tokenizer.json
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from unif2ace.configs import ModelConfig
@@ -54,7 +54,7 @@ class Checkpoint:
         tensors |= {f"image_tokenizer.{name}": value for name, value in self.image_tokenizer.state_dict().items()}
         try:
             partial.mkdir(parents=True)
-            save_file({name: value.contiguous() for name, value in tensors.items()}, partial / WEIGHTS)
+            (partial / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
             self.text_tokenizer.save(partial / TEXT)
             write_json(partial / CONFIG, config)
             if folder.exists():

@@ -13,29 +13,35 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
+import inspect
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.configs import ModelConfig, VocabularyConfig
 from unif2ace.data import captions
 from unif2ace.data.dataset import FaceSet, build_faces
+from unif2ace.errors import UserError
 from unif2ace.evaluation import quality, report
-from unif2ace.files import read_json, replacing, write_json
+from unif2ace.files import digest, read_json, replacing, write_json
+from unif2ace.model import attention, image_tokenizer, sequence_moe, sequences, transformer
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
 from unif2ace.model.text_tokenizer import TextTokenizer
 from unif2ace.model.transformer import UniF2ace
-from unif2ace.training import optimizers
+from unif2ace.training import loop, optimizers
+from unif2ace.training import recipe as recipes
 from unif2ace.training.loop import Schedule, fit
-from unif2ace.training.recipe import EncodedFaces, Recipe, RecipeConfig, initialise_codes
+from unif2ace.training.recipe import TOKENIZER, EncodedFaces, Recipe, RecipeConfig, initialise_codes
 
 THREADS = 2
 
@@ -62,8 +68,10 @@ class DemoSettings:
     seed: int = 0
 
 
-FULL = DemoSettings(faces=2700, held_out=300, tokenizer_steps=1500, model_steps=540, prompts=96)
+FULL = DemoSettings(faces=2700, held_out=300, tokenizer_steps=1500, model_steps=600, prompts=96)
 SMALL = DemoSettings(faces=96, held_out=32, tokenizer_steps=60, model_steps=12, prompts=12)
+
+_SETTINGS = (ImageTokenizerConfig, ModelConfig, Schedule, RecipeConfig, optimizers.OptimizerConfig)
 
 
 class Timer:
@@ -106,18 +114,17 @@ def run(settings: DemoSettings, folder: Path) -> None:
     logs = {name: read_json(folder / f"{name}_log.json") for name in ("tokenizer", "model")}
     report.write(folder, results, logs, timer.seconds)
     timer.record("report", time.monotonic() - start)
-    write_json(folder / "results.json", {"faces": len(faces), **results.numbers, "seconds": timer.seconds})
+    passed = dict(zip(("painted", "answered"), report.passed(results)))
+    numbers = {"faces": len(faces), **results.numbers, "passed": passed, "seconds": timer.seconds}
+    write_json(folder / "results.json", numbers)
     print(report.summary(results, timer.seconds, time.monotonic() - began))
     print(f"report: {folder / 'report.html'}")
 
 
-def fingerprint(*parts: object) -> str:
-    """Short name of settings, and of whatever else shapes a stage's result."""
-    plain = [
-        dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
-        for part in parts
-    ]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def fingerprint(*settings: object, of: Sequence[bytes | ModuleType]) -> str:
+    """Short name of settings, and of the data and the modules that shape a stage's result."""
+    plain = [dataclasses.asdict(each) if isinstance(each, _SETTINGS) else each for each in settings]
+    return digest(json.dumps(plain, sort_keys=True).encode(), *of)
 
 
 def _faces(settings: DemoSettings, folder: Path) -> tuple[FaceSet, bool]:
@@ -134,15 +141,18 @@ def _tokenizer(settings: DemoSettings, folder: Path, faces: FaceSet) -> tuple[Im
     average = copy.deepcopy(tokenizer).eval()
     schedule = Schedule(settings.tokenizer_steps)
     shaping = (config, schedule, settings.tokenizer_batch, settings.tokenizer_lr, settings.seed, faces.settings)
-    name = fingerprint("tokenizer", *shaping)
+    name = fingerprint(*shaping, of=[image_tokenizer, loop, inspect.getsource(_tokenizer).encode()])
     path = folder / f"tokenizer-{name}.safetensors"
     if path.exists():
-        average.load_state_dict(load_file(path))
+        try:
+            average.load_state_dict(load_file(path))
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged; delete it to train it again") from error
         return average, False
     images = to_images(torch.from_numpy(faces.images[faces.train]))
 
     def loss(step: int):
-        rng = np.random.default_rng((settings.seed, step))
+        rng = np.random.default_rng((settings.seed, TOKENIZER, step))
         batch = images[rng.integers(len(images), size=settings.tokenizer_batch)]
         if rng.random() < 0.5:
             batch = batch.flip(3)
@@ -155,6 +165,8 @@ def _tokenizer(settings: DemoSettings, folder: Path, faces: FaceSet) -> tuple[Im
     state = folder / "tokenizer_state.pt"
     log = fit(tokenizer, [optimizer], loss, schedule, state, name="tokenizer", fingerprint=name, ema=average)
     write_json(folder / "tokenizer_log.json", log)
+    for old in folder.glob("tokenizer-*.safetensors"):  # one tokenizer, the one that the log is of
+        old.unlink()
     with replacing(path) as partial:
         partial.write_bytes(save(average.state_dict()))
     state.unlink()
@@ -180,8 +192,12 @@ def _model(
     text = TextTokenizer.train(captions.all_texts())
     config = ModelConfig.tiny(VocabularyConfig(text=text.size, codes=tokenizer.config.codes))
     schedule = Schedule(settings.model_steps)
-    shaping = (config, schedule, settings.optimizer, settings.recipe, settings.seed, encoded.codes.sum().item())
-    name = fingerprint("model", *shaping)
+    data = (encoded.codes, encoded.semantic, encoded.identity, torch.from_numpy(encoded.classes))
+    modules = (attention, sequence_moe, sequences, transformer, loop, optimizers, recipes)
+    name = fingerprint(
+        config, schedule, settings.optimizer, settings.recipe, settings.seed,
+        of=[*(each.numpy().tobytes() for each in data), text.tokenizer.to_str().encode(), captions, *modules],
+    )  # fmt: skip
     path = folder / "checkpoint"
     stamp = folder / "checkpoint.fingerprint.json"
     if path.exists() and stamp.exists() and read_json(stamp) == name:
@@ -199,6 +215,7 @@ def _model(
     log = fit(model, optimizers.build(model, settings.optimizer), loss, schedule, state, name="model", fingerprint=name)
     write_json(folder / "model_log.json", log)
     checkpoint = Checkpoint(model.eval(), tokenizer, text)
+    stamp.unlink(missing_ok=True)  # never beside a checkpoint that it is not of
     checkpoint.save(path)
     write_json(stamp, name)
     state.unlink()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from unif2ace.errors import UserError
@@ -57,3 +59,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
+
+
+def digest(*parts: bytes | ModuleType) -> str:
+    """Short name of bytes, and of modules by their source: what a cached result hangs on, so that none goes stale."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = Path(part.__file__ or "").read_bytes() if isinstance(part, ModuleType) else part
+        total.update(len(content).to_bytes(8, "little") + content)
+    return total.hexdigest()[:16]

@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_the_old_one(saved, size):
     assert_old_one_is_whole(saved)
 
 
-@pytest.mark.parametrize("writer", ["save_file", "write_json", "text"])
+@pytest.mark.parametrize("writer", ["save", "write_json", "text"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("no space")])
 def test_whichever_file_does_not_fit_the_old_one_stays(saved, monkeypatch, writer, error):
     def fail(*arguments):

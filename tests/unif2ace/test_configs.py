@@ -9,6 +9,7 @@ import torch
 
 from unif2ace.configs import ModelConfig, VocabularyConfig
 from unif2ace.model.transformer import UniF2ace
+from unif2ace_kernels.moe import GroupedMoE
 
 
 def test_the_vocabulary_is_show_os():
@@ -87,5 +88,5 @@ def test_base_has_every_part_at_the_papers_size():
     with torch.device("meta"):
         model = UniF2ace(ModelConfig.base())
     assert len(model.blocks) == 24 and all(p.is_meta for p in model.parameters())
-    assert all(hasattr(block, "experts") and block.sequence is not None for block in model.blocks)
+    assert all(isinstance(block.ffn, GroupedMoE) and block.sequence is not None for block in model.blocks)
     assert 1.75e9 < sum(p.numel() for p in model.parameters()) < 1.85e9

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import types
 
 import pytest
 
 from unif2ace.errors import UserError
-from unif2ace.files import read_json, replacing, write_json
+from unif2ace.files import digest, read_json, replacing, write_json
 
 
 def test_the_file_appears_with_its_folder(tmp_path):
@@ -80,3 +81,13 @@ def test_json_that_cannot_be_read_is_named(tmp_path):
         read_json(tmp_path / "x.json")
     with pytest.raises(UserError, match="cannot read"):
         read_json(tmp_path)
+
+
+def test_digest_hangs_on_every_part_and_on_where_it_ends(tmp_path):
+    module = types.ModuleType("made_up")
+    module.__file__ = str(tmp_path / "made_up.py")
+    (tmp_path / "made_up.py").write_text("a = 1\n")
+    names = [digest(b"ab", b"c"), digest(b"a", b"bc"), digest(b"abc"), digest(b"abc", module)]
+    (tmp_path / "made_up.py").write_text("a = 2\n")
+    names.append(digest(b"abc", module))
+    assert len(set(names)) == len(names) and names[0] == digest(b"ab", b"c")

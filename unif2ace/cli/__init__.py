@@ -20,6 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"unif2ace: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "unif2ace":
+            raise
+        print(f"unif2ace: {error.name} is not installed: pip install 'unif2ace[demo]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nunif2ace: stopped; run the same command again to go on", file=sys.stderr)
         return 130

@@ -27,6 +27,8 @@ def generate(parsed: argparse.Namespace) -> None:
         raise UserError(f"--steps: expected at least 1, got {parsed.steps}")
     if parsed.guidance is not None and not 0 <= parsed.guidance <= 100:
         raise UserError(f"--guidance: expected 0 to 100, got {parsed.guidance}")
+    if not 0 <= parsed.seed < 2**63:
+        raise UserError(f"--seed: expected 0 to 2**63 - 1, got {parsed.seed}")
     checkpoint = Checkpoint.load(parsed.checkpoint)
     given = {name: getattr(parsed, name) for name in ("steps", "guidance", "seed")}
     settings = dataclasses.replace(PaintSettings(), **{k: v for k, v in given.items() if v is not None})

@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from unif2ace.data import attributes, identity
+from unif2ace.data import faces as generator
 from unif2ace.data.faces import PSI, SIZE, generate_faces
 from unif2ace.errors import UserError
-from unif2ace.files import replacing
+from unif2ace.files import digest, replacing
 
 VERSION = 1
 HELD_OUT = 300
@@ -125,7 +126,7 @@ def build_faces(
         raise ValueError(f"held_out: expected between 1 and count - 1 = {count - 1}, got {held_out}")
     settings = {
         "version": VERSION, "count": count, "seed": seed, "psi": psi, "held_out": held_out, "size": SIZE,
-        "attributes": list(attributes.NAMES),
+        "attributes": list(attributes.NAMES), "source": digest(attributes, generator, identity),
     }  # fmt: skip
     path = Path(cache_dir) / "faces.npz"
     cached = _cached(path, settings)

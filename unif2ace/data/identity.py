@@ -107,7 +107,10 @@ def read_image(path: Path) -> np.ndarray:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    except cv2.error as error:  # a picture of more pixels than OpenCV takes
+        raise UserError(f"{path} cannot be decoded ({error.err}): give a smaller picture") from error
     if image is None:
         raise UserError(f"{path} is not a picture that can be read: give a PNG or JPEG file")
     return np.ascontiguousarray(image[..., ::-1])

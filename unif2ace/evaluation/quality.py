@@ -27,7 +27,7 @@ from unif2ace.generation.image import PaintSettings, paint
 from unif2ace.generation.text import answer_codes
 from unif2ace.model.image_tokenizer import to_uint8
 from unif2ace.model.sequence_moe import EXPERTS
-from unif2ace.training.recipe import EncodedFaces, Recipe, RecipeConfig
+from unif2ace.training.recipe import EVALUATION, EncodedFaces, Recipe, RecipeConfig
 from unif2ace_kernels import moe
 
 SHOWN = 48  # held-out faces whose caption is painted for the report
@@ -65,7 +65,7 @@ def evaluate(checkpoint: Checkpoint, faces: FaceSet, held_out: EncodedFaces, pro
         "face_found": _face_found(reconstructed),
         "face_found_before": _face_found(images),
     }
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, EVALUATION))
     settings = PaintSettings(seed=seed)
     wanted = captions.random_classes(prompts, rng)
     texts = [captions.caption(classes, rng, dropout=0.0) for classes in wanted]

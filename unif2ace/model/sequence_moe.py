@@ -135,7 +135,9 @@ class SequenceMoE(nn.Module):
     def forward(self, x: torch.Tensor, task: torch.Tensor, injected: torch.Tensor) -> tuple[torch.Tensor, moe.Routing]:
         """x [B, N, D] image tokens, task [B], injected [B, 3, N, D] -> ([B, N, D], the layer's routing)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = self.router(self.norm(x.mean(dim=1))).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):  # a choice between experts is made in full precision
+            mean = self.norm(x.mean(dim=1, dtype=dtype).to(self.norm.weight.dtype))
+            logits = self.router(mean).to(dtype)
         routing = moe.route(logits, task, self.group_sizes, self.top_k, balance_coef=self.balance)
         weight = torch.zeros_like(logits).scatter(1, routing.expert, routing.weight)
         gate = torch.sigmoid(self.gate.to(dtype))

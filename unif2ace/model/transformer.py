@@ -11,6 +11,7 @@ loss = t2i * D3Diff(masked codes) + mmu * next token(answers) + balance losses o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +31,25 @@ class Output:
     hidden: torch.Tensor
     token_routings: list[moe.Routing] = field(default_factory=list)
     sequence_routings: list[moe.Routing] = field(default_factory=list)
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares.
+
+    Attributes:
+        mask: [B, 1, L, L], who sees whom. table: of the rotary embedding.
+        task: [B]. image: [B, N] positions of the image tokens. injected: [B, 3, N, D] or None.
+        real: [T] positions in the flattened batch that are not padding, and `real_task` [T] their tasks. Padding is
+            nobody's token: routed, it would crowd an expert or two and count in the balance loss.
+    """
+
+    mask: torch.Tensor
+    table: tuple[torch.Tensor, torch.Tensor]
+    task: torch.Tensor
+    image: torch.Tensor
+    injected: torch.Tensor | None
+    real: torch.Tensor
+    real_task: torch.Tensor
 
 
 class FeedForward(nn.Module):
@@ -53,10 +73,11 @@ class Block(nn.Module):
         self.attention = Attention(config.hidden, config.heads)
         self.ffn_norm = None if config.parallel_block else nn.LayerNorm(config.hidden)
         token = config.token_moe
+        self.ffn: FeedForward | moe.GroupedMoE
         if token is None:
             self.ffn = FeedForward(config.hidden, config.ffn)
         else:
-            self.experts = moe.GroupedMoE(
+            self.ffn = moe.GroupedMoE(
                 config.hidden,
                 token.width,
                 token.experts,
@@ -68,26 +89,25 @@ class Block(nn.Module):
             )
         self.sequence = SequenceMoE(config) if config.sequence_moe is not None else None
 
-    def feed_forward(self, x: torch.Tensor, task: torch.Tensor, output: Output) -> torch.Tensor:
-        if not hasattr(self, "experts"):
+    def feed_forward(self, x: torch.Tensor, context: Context, output: Output) -> torch.Tensor:
+        if isinstance(self.ffn, FeedForward):
             return self.ffn(x)
-        y, routing = self.experts(x, task[:, None].expand(x.shape[:2]))
+        tokens = x.flatten(0, 1)
+        y, routing = self.ffn(tokens.index_select(0, context.real), context.real_task)
         output.token_routings.append(routing)
-        return y
+        return torch.zeros_like(tokens, dtype=y.dtype).index_copy(0, context.real, y).view_as(x)
 
-    def forward(
-        self, x: torch.Tensor, batch: Batch, context: tuple, image: torch.Tensor, injected: torch.Tensor, output: Output
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context, output: Output) -> torch.Tensor:
         normed = self.norm(x)
-        attended = self.attention(normed, *context)
+        attended = self.attention(normed, context.mask, context.table)
         if self.ffn_norm is None:
-            x = x + attended + self.feed_forward(normed, batch.task, output)
+            x = x + attended + self.feed_forward(normed, context, output)
         else:
             x = x + attended
-            x = x + self.feed_forward(self.ffn_norm(x), batch.task, output)
+            x = x + self.feed_forward(self.ffn_norm(x), context, output)
         if self.sequence is not None:
-            index = image[:, :, None].expand(-1, -1, x.shape[-1])
-            mixed, routing = self.sequence(x.gather(1, index), batch.task, injected)
+            index = context.image[:, :, None].expand(-1, -1, x.shape[-1])
+            mixed, routing = self.sequence(x.gather(1, index), context.task, context.injected)
             x = x.scatter(1, index, mixed.to(x.dtype))
             output.sequence_routings.append(routing)
         return x
@@ -129,14 +149,21 @@ class UniF2ace(nn.Module):
         if self.image_position is not None:
             index = image[:, :, None].expand(-1, -1, config.hidden)
             x = x.scatter_add(1, index, self.image_position.expand(len(x), -1, -1).to(x.dtype))
-        table = tuple(each.to(x.device) for each in rotary_table(x.shape[1], self.rotary_channels))
-        context = attention_mask(batch, config.image_tokens), table
-        injected = None
-        if self.injection is not None:
-            injected = self.injection(batch.task, batch.mask_prob, batch.identity, batch.semantic)
+        cos, sin = rotary_table(x.shape[1], self.rotary_channels)
+        conditions = batch.task, batch.mask_prob, batch.identity, batch.semantic
+        real = batch.valid.flatten().nonzero()[:, 0]
+        context = Context(
+            mask=attention_mask(batch, config.image_tokens),
+            table=(cos.to(x.device), sin.to(x.device)),
+            task=batch.task,
+            image=image,
+            injected=None if self.injection is None else self.injection(*conditions),
+            real=real,
+            real_task=batch.task[real // x.shape[1]],
+        )
         output = Output(x)
         for block in self.blocks:
-            x = block(x, batch, context, image, injected, output)
+            x = block(x, context, output)
         output.hidden = self.norm(x)
         return output
 

@@ -166,6 +166,9 @@ def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _read_state(path: Path) -> dict:
     try:
-        return torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True)
+        if not isinstance(state, dict) or "fingerprint" not in state:
+            raise ValueError("it is no state of a training run")
+        return state
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged; delete it to train from the start") from error

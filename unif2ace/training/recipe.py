@@ -16,6 +16,9 @@ from unif2ace.model.text_tokenizer import TextTokenizer
 from unif2ace.model.transformer import UniF2ace
 from unif2ace_kernels import d3diff
 
+# What a random number is for, so that equal seeds and steps do not mean equal numbers.
+TOKENIZER, RECIPE, EVALUATION = 1, 2, 3
+
 
 @dataclass
 class EncodedFaces:
@@ -59,7 +62,7 @@ class Recipe:
 
     def batch(self, step: int) -> Batch:
         """Rows of both tasks for `step`."""
-        rng = np.random.default_rng((self.config.seed, step))
+        rng = np.random.default_rng((self.config.seed, RECIPE, step))
         return Batch.join([self._t2i(step, rng), self._mmu(rng)], self.model.vocabulary.pad)
 
     def _t2i(self, step: int, rng: np.random.Generator) -> Batch:
@@ -70,7 +73,7 @@ class Recipe:
         ids = [self.text.encode(text) if keep else [] for text, keep in zip(texts, kept)]
         # One time in each of `rows` equal parts of (0, 1): the same law, less spread between steps.
         time = torch.from_numpy((rng.permutation(rows) + rng.random(rows)) / rows)
-        mask_prob = self.schedule.mask_prob(time).clamp(min=1 / self.model.image_tokens)
+        mask_prob = self.schedule.mask_prob(time, length=self.model.image_tokens)
         codes = self.faces.codes[chosen] + self.model.vocabulary.code_range[0]
         noised, masked = d3diff.noise(codes, mask_prob, self.model.vocabulary.mask, seed=self.config.seed, offset=step)
         prompts = t2i_prompts(ids, self.text.end, self.model)
