@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.table import table
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = json.loads((ROOT / "docs" / "demo" / "results.json").read_text())
@@ -42,6 +44,16 @@ def test_attribute_table_is_the_committed_result():
 def test_time_table_is_the_committed_result():
     seconds = RESULTS["seconds"]
     assert _rows("seconds") == [[*(f"{value:.0f}" for value in seconds.values()), f"{sum(seconds.values()):.0f}"]]
+
+
+def test_benchmark_tables_are_the_committed_results():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    tables = re.findall(r"<!-- (results/\S+) -->\n(.*?)\n<!-- /\1 -->", text, re.S)
+    folder = ROOT / "benchmarks"
+    committed = sorted(str(path.relative_to(folder)) for path in (folder / "results").rglob("*.jsonl"))
+    assert [name for name, _ in tables] == committed
+    for name, shown in tables:
+        assert shown == table((ROOT / "benchmarks" / name).read_text().splitlines())
 
 
 def test_file_tree_has_every_file_once():

@@ -139,7 +139,15 @@ def test_any_text_can_be_read(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [("--count", "0"), ("--count", "65"), ("--steps", "0"), ("--guidance", "-1"), ("--guidance", "nan"), ("--seed", "-1")]
+    "option",
+    [
+        ("--count", "0"),
+        ("--count", "65"),
+        ("--steps", "0"),
+        ("--guidance", "-1"),
+        ("--guidance", "nan"),
+        ("--seed", "-1"),
+    ],
 )
 def test_options_out_of_range(checkpoint, tmp_path, capsys, option):
     assert_one_line(capsys, generate(checkpoint, tmp_path / "face.png", *option), option[0], "expected")
