@@ -113,7 +113,7 @@ def _answers(
         table[each.name] = {
             "accuracy": float(right.mean()),
             "majority": float(rival.mean()),
-            "p": binomtest(won, won + lost, 0.5, alternative="greater").pvalue if won + lost else 1.0,
+            "p": float(binomtest(won, won + lost, 0.5, alternative="greater").pvalue) if won + lost else 1.0,
         }
         shown += [(face, asked[face][0], given[face], asked[face][1]) for face in range(min(4, len(asked)))]
     test = "McNemar, exact, one-sided, against the best constant answer"
@@ -122,7 +122,7 @@ def _answers(
 
 def _against_chance(match: np.ndarray, classes: int) -> dict:
     test = binomtest(int(match.sum()), len(match), 1 / classes, alternative="greater")
-    return {"match": float(match.mean()), "chance": 1 / classes, "p": test.pvalue}
+    return {"match": float(match.mean()), "chance": 1 / classes, "p": float(test.pvalue)}
 
 
 def _psnr(images: np.ndarray, others: np.ndarray) -> float:

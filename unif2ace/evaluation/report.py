@@ -90,8 +90,8 @@ def passed(results: Results) -> tuple[int, int]:
     """How many attributes are painted as prompted, and how many are answered, beyond their thresholds."""
     generation, understanding = (results.numbers[key]["attributes"] for key in ("generation", "understanding"))
     return (
-        sum(each["p"] < P_GENERATION for each in generation.values()),
-        sum(each["p"] < P_UNDERSTANDING for each in understanding.values()),
+        sum(bool(each["p"] < P_GENERATION) for each in generation.values()),
+        sum(bool(each["p"] < P_UNDERSTANDING) for each in understanding.values()),
     )
 
 
