@@ -27,7 +27,7 @@ img { max-width: 100%; display: block; margin: .5rem 0 }
 table { border-collapse: collapse; margin: .5rem 0 }
 td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left }
-.words td { text-align: left }
+.words td, .words th { text-align: left }
 .wrong { color: #a00 }
 """
 
