@@ -34,6 +34,14 @@ class Spread:
         return cls(median, q1, q3)
 
 
+class ContenderError(Exception):
+    """A contender raised while it was timed; `name` is its own, the cause what it raised."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 def rotated(names: Sequence[str], turn: int) -> list[str]:
     """The contenders in the order of round `turn`: each is first, second, ... equally often."""
     turn %= len(names)
@@ -48,9 +56,19 @@ def interleaved(
     Args:
         contenders: name -> callable; each has run before (warm).
         seconds: time to spend on all rounds together; at least `MIN_ROUNDS` are made whatever they take.
+
+    Raises:
+        ContenderError: a contender raised.
     """
     sample = _CudaSample(device) if device.type == "cuda" else _cpu_sample
-    once = {name: sample(run, 1) for name, run in contenders.items()}
+
+    def take(name: str, inner: int) -> float:
+        try:
+            return sample(contenders[name], inner)
+        except Exception as error:
+            raise ContenderError(name) from error
+
+    once = {name: take(name, 1) for name in contenders}
     inner = {
         name: 1 if device.type == "cuda" else max(1, min(1000, round(MIN_SAMPLE_S / max(took, 1e-6))))
         for name, took in once.items()
@@ -60,7 +78,7 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         for name in rotated(list(contenders), turn):
-            samples[name].append(sample(contenders[name], inner[name]))
+            samples[name].append(take(name, inner[name]))
     return samples
 
 
@@ -136,7 +154,10 @@ def host_seconds(run: Run, repeats: int = 10) -> float:
 @cache
 def copy_rate(device: torch.device) -> float:
     """Bytes a second, read plus written, of a large device-to-device copy."""
-    source = torch.rand((1 << 30 if device.type == "cuda" else 1 << 26), device=device)
+    count = 1 << 26
+    if device.type == "cuda":  # source and target together take half of what is free, 8 GiB at most
+        count = min(1 << 30, torch.cuda.mem_get_info(device)[0] // (4 * torch.float32.itemsize))
+    source = torch.rand(count, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 

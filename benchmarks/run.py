@@ -24,6 +24,7 @@ from .case import OURS, Baseline, Case, Run, Work
 from .environment import describe
 from .measure import (
     MAX_ROUNDS,
+    ContenderError,
     Spread,
     copy_rate,
     cuda_launches,
@@ -91,8 +92,7 @@ def _admit(contender: Baseline, work: Work, compiling: bool) -> Record:
     try:
         outputs = contender.run()
     except Exception as error:  # a peer may fail in any way; the line says which
-        status = ERROR if contender.run is work.ours else MISSING
-        return {"status": status, "reason": f"{type(error).__name__}: {error}"[:2000]}
+        return _raised(error, ours=contender.run is work.ours)
     if contender.rate_only:
         return {"status": OK, "compared": False}
     error = work.error(outputs)
@@ -102,16 +102,29 @@ def _admit(contender: Baseline, work: Work, compiling: bool) -> Record:
     return verdict
 
 
+def _raised(error: BaseException | None, *, ours: bool) -> Record:
+    """The verdict on a contender that raised: ours is broken, another one is not to be had here."""
+    return {"status": ERROR if ours else MISSING, "reason": f"{type(error).__name__}: {error}"[:2000]}
+
+
 def _time(
     case: Case, device: torch.device, ready: dict[str, Run], records: dict[str, Record], seconds: float, rounds: int
 ) -> None:
-    """Add the measurements of the admitted contenders to their records."""
-    samples = interleaved(ready, device, seconds, rounds)
+    """Add the measurements of the admitted contenders to their records; one that raises leaves, and says why."""
     floor = floor_seconds(case.flops, case.bytes, device, case.dtype)
+    samples: dict[str, list[float]] = {}
+    while OURS in ready and not samples:
+        try:
+            samples = interleaved(ready, device, seconds, rounds)
+        except ContenderError as failed:
+            del ready[failed.name]
+            records[failed.name] |= _raised(failed.__cause__, ours=failed.name == OURS)
+    if not samples:
+        return
     for name, run in ready.items():
         took = Spread.of(samples[name])
         ratio = Spread.of([theirs / ours for theirs, ours in zip(samples[name], samples[OURS], strict=True)])
-        records[name] |= {
+        measured: Record = {
             "median_ms": took.median * 1e3,
             "quartiles_ms": [took.q1 * 1e3, took.q3 * 1e3],
             "rounds": len(samples[name]),
@@ -119,10 +132,14 @@ def _time(
             "times_ours_quartiles": [ratio.q1, ratio.q3],
             "floor_ms": floor * 1e3,
             "share_of_floor": floor / took.median,
-            "peak_bytes": peak_bytes(run, device),
         }
-        if device.type == "cuda":
-            records[name] |= {"launches": cuda_launches(run), "host_ms": host_seconds(run) * 1e3}
+        try:
+            measured["peak_bytes"] = peak_bytes(run, device)
+            if device.type == "cuda":
+                measured |= {"launches": cuda_launches(run), "host_ms": host_seconds(run) * 1e3}
+        except Exception as error:
+            measured = _raised(error, ours=name == OURS)
+        records[name] |= measured
 
 
 def _finite(value: float) -> float | None:

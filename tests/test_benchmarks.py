@@ -84,6 +84,30 @@ def test_missing_and_failing_baselines_are_recorded_with_the_reason_and_are_no_f
     assert run.failures(records.values()) == []
 
 
+@pytest.mark.parametrize("call", [2, 6], ids=["first sample", "peak memory"])  # checked, sampled, 3 rounds, memory
+def test_a_contender_that_fails_while_timed_is_not_ours(monkeypatch, call: int) -> None:
+    def fails():
+        calls = []
+
+        def square(x):
+            calls.append(x)
+            if len(calls) == call:
+                raise MemoryError("too large")
+            return (x * x,)
+
+        return square
+
+    monkeypatch.setattr("benchmarks.measure.MIN_SAMPLE_S", 0.0)
+    records = run_toy(square_case(other=lambda x: (x.pow(2),), fails=fails()))
+    assert records["fails"]["status"] == "missing" and records["fails"]["reason"] == "MemoryError: too large"
+    assert "median_ms" not in records["fails"]
+    assert MEASURED <= records["ours"].keys() and MEASURED <= records["other"].keys()
+    assert run.failures(records.values()) == []
+    records = run_toy(square_case(ours=fails(), other=lambda x: (x.pow(2),)))
+    assert run.failures(records.values()) == [records["ours"]]
+    assert records["ours"]["reason"] == "MemoryError: too large"
+
+
 def test_options_leave_out_compilers_other_baselines_and_timing() -> None:
     compiler = Baseline(lambda: pytest.fail("was run"), compiles=True)
     case = square_case(compiler=compiler, other=lambda x: (x.pow(2),))
@@ -161,7 +185,7 @@ def test_peak_memory_counts_what_a_call_frees_again() -> None:
     peak = peak_bytes(lambda: torch.ones(n, dtype=torch.uint8) + 1, CPU)
     if not sys.platform.startswith("linux"):
         pytest.skip("peak memory on the CPU is read from Linux's /proc")
-    assert 2 * n <= peak < 3 * n
+    assert 2 * n - (1 << 20) <= peak < 3 * n  # the kernel counts a process's pages in batches
 
 
 def test_registry_is_complete_and_unambiguous() -> None:
@@ -242,6 +266,32 @@ def test_gpu_stages_survive_crashes_hangs_and_each_other(tmp_path: Path) -> None
     assert by_name["missing"]["reason"] == "no CUDA device" and by_name["late"]["reason"] == "no time left"
     assert (tmp_path / "benches.jsonl").read_text() == '{"a": 1}\n'
     assert "still here" in (tmp_path / "stages.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tools", "missing", "status"),
+    [
+        (["c++", "nvcc"], {"c++": None, "cuda c++": None, "_C": "no pybind11"}, "ok"),
+        (["c++", "nvcc"], {"c++": None, "cuda c++": "an error in gumbel.cu"}, "failed"),
+        (["c++"], {"c++": None, "cuda c++": "no nvcc"}, "ok"),
+        (["c++"], {"c++": "no header", "cuda c++": "no header"}, "failed"),
+        ([], {"c++": "no C++ compiler", "cuda c++": "no C++ compiler"}, "ok"),
+    ],
+)
+def test_gpu_build_fails_where_a_part_is_missing_whose_tool_is_there(tmp_path, monkeypatch, tools, missing, status):
+    (tmp_path / "kernels" / "unif2ace_kernels").mkdir(parents=True)
+    record = tmp_path / "kernels" / "unif2ace_kernels" / "_build.json"
+    (tmp_path / "setup.py").write_text(f"open({str(record)!r}, 'w').write({json.dumps({'missing': missing})!r})")
+    (tmp_path / "bin").mkdir()
+    for tool in tools:
+        (tmp_path / "bin" / tool).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    done = gpu.run_stage(gpu.Stage("build", python(gpu._BUILD), 20), 20, tmp_path / "log")
+    assert done["status"] == status
+    for part, reason in missing.items():
+        assert (f"built without {part}: {reason}" in done["tail"]) == (reason is not None)
 
 
 def test_gpu_report_is_whole_while_a_stage_runs(tmp_path: Path) -> None:
