@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -45,13 +46,20 @@ class CannotBuild(Exception):
 
 def run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT)
     except OSError as error:
         raise CannotBuild(f"{command[0]} does not start: {error}") from error
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line] or ["no message"]
         raise CannotBuild(f"{Path(command[0]).name} failed with status {done.returncode}: {lines[0].strip()[:300]}")
     return done.stdout
+
+
+def find_in(text: str, pattern: str, what: str) -> str:
+    match = re.search(pattern, text, re.MULTILINE)
+    if match is None:
+        raise CannotBuild(f"{what} does not say which version it is: {text.strip()[:100]!r}")
+    return match[1]
 
 
 def find_tool(variable: str, names: list[str], what: str) -> str:
@@ -107,11 +115,13 @@ class BuildExtension(build_ext):
         if missing["c++"]:
             missing["cuda c++"] = missing["cuda c++"] or missing["c++"]
         self.record["missing"] = missing
-        (self.folder / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        part_written = self.folder / "_build.json.part"
+        part_written.write_text(json.dumps(self.record, indent=1) + "\n")
+        part_written.replace(self.folder / "_build.json")
 
     def find_compiler(self) -> None:
         compiler = find_tool("CXX", ["c++", "g++", "clang++"], "C++ compiler")
-        self.record["compiler"] = run([compiler, "--version"]).splitlines()[0]
+        self.record["compiler"] = find_in(run([compiler, "--version"]), r"^(.*\S.*)$", compiler)
         self.cxx = compiler
 
     def host_command(self) -> list[str]:
@@ -125,7 +135,9 @@ class BuildExtension(build_ext):
         if spec is None or spec.origin is None:
             raise CannotBuild("no torch at build time; install with --no-build-isolation")
         folder = Path(spec.origin).parent
-        self.record["torch"] = (folder / "version.py").read_text().split("__version__ = ")[1].split("'")[1]
+        version = folder / "version.py"
+        text = version.read_text() if version.exists() else ""
+        self.record["torch"] = find_in(text, r"^__version__\b[^'\"]*['\"]([^'\"]+)", str(version))
         return folder
 
     def compile_cuda(self) -> list[str]:
@@ -133,7 +145,7 @@ class BuildExtension(build_ext):
         if not ((self.torch_folder() / "lib" / "libtorch_cuda.so").exists() or ASKED_ARCHS):
             raise CannotBuild("this torch has no CUDA; set UNIF2ACE_CUDA_ARCHS to build its kernels all the same")
         self.nvcc = find_tool("NVCC", ["nvcc"], "nvcc")
-        self.record["nvcc"] = run([self.nvcc, "--version"]).split("release ")[1].split("\n")[0]
+        self.record["nvcc"] = find_in(run([self.nvcc, "--version"]), r"release (.+)$", self.nvcc)
         command = [self.nvcc, *NVCC_FLAGS, "-ccbin", self.cxx, f"-I{CSRC}"]
         for arch in CUDA_ARCHS:
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
@@ -191,16 +203,11 @@ class BuildExtension(build_ext):
 
 
 EXTRAS = {
-    "train": ["tokenizers", "safetensors", "transformers", "accelerate", "tqdm", "numpy", "pillow"],
     "demo": [
         "numpy", "pillow", "matplotlib", "tqdm", "openvino", "opencv-python-headless", "scipy", "tokenizers",
         "safetensors",
     ],
     "dev": ["pytest", "ruff", "mypy", "numpy", "scipy", "pybind11", "setuptools", "triton; platform_system == 'Linux'"],
-    "peers": ["megablocks"],
-    "flash": ["flash-attn"],
-    "clip": ["open_clip_torch"],
-    "app": ["gradio"],
 }
 
 setup(
@@ -213,7 +220,7 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages("kernels"), *find_packages(include=["unif2ace", "unif2ace.*"])],
     package_dir={"unif2ace_kernels": "kernels/unif2ace_kernels"},
-    package_data={"unif2ace_kernels": ["_build.json", "**/README.md"]},
+    package_data={"unif2ace_kernels": ["_build.json", "**/*.md"]},
     entry_points={"console_scripts": ["unif2ace = unif2ace.cli:main"]},
     ext_modules=[Extension("unif2ace_kernels._C", ["csrc/bindings.cpp"])],
     cmdclass={"build_ext": BuildExtension},

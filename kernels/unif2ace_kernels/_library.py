@@ -132,15 +132,25 @@ def explain(op: str, *tensors: torch.Tensor) -> Explanation:
     return Explanation(name, devices[0], chosen.name, passed_over)
 
 
-def _load_extension() -> tuple[str | None, dict[str, str]]:
+def _left_out(record: Path) -> dict[str, str]:
+    """What the build left out and why, as it wrote down; the same reason for all where that cannot be read."""
+    try:
+        missing = json.loads(record.read_text())["missing"]
+        return {part: reason for part, reason in missing.items() if reason is not None}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        damaged = f"{record.name} cannot be read ({type(error).__name__}: {error}): build it again"
+        return {"c++": damaged, "cuda c++": damaged}
+
+
+def _load_extension(folder: Path) -> tuple[str | None, dict[str, str]]:
     """Load the compiled ops; return why they are not there (None when they are) and what the build left out."""
-    folder = Path(__file__).parent
-    record = folder / "_build.json"
-    missing = json.loads(record.read_text())["missing"] if record.exists() else {}
-    left_out = {part: reason for part, reason in missing.items() if reason is not None}
+    left_out = _left_out(folder / "_build.json")
     library = folder / "_C_ops.so"
     if not library.exists():
-        return f"not built: {left_out.get('c++', 'the extension was never built (see kernels/README.md)')}", left_out
+        never = "no build was run; `pip install --no-build-isolation .` in the source tree runs one"
+        return f"not built: {left_out.get('c++', never)}", left_out
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -148,17 +158,17 @@ def _load_extension() -> tuple[str | None, dict[str, str]]:
     return None, left_out
 
 
-EXTENSION_MISSING, _LEFT_OUT = _load_extension()
+EXTENSION_MISSING, _LEFT_OUT = _load_extension(Path(__file__).parent)
 
 
 def compiled(op: str, device: str) -> Implementation:
     """The compiled implementation of `op`: "c++" for ``"cpu"``, "cuda c++" for ``"cuda"``, or why it is missing."""
     name = {"cpu": "c++", "cuda": "cuda c++"}[device]
     missing = EXTENSION_MISSING
-    if missing is None and name in _LEFT_OUT:
-        missing = f"built without it: {_LEFT_OUT[name]}"
     if missing is None and not _has_native_kernel(op, device):
         missing = f"the extension that was built has no {op} for {device}: build it again"
+        if name in _LEFT_OUT:
+            missing = f"built without it: {_LEFT_OUT[name]}"
     if missing is not None:
         return Implementation(name, (device,), None, missing)
     return Implementation(name, (device,), getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default)

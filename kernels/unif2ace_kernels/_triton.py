@@ -1,7 +1,8 @@
 """The guarded Triton import, and the device helpers that the rooms' Triton kernels share.
 
 A kernel that calls `gumbel` (or `uniform`) is launched with ``enable_fp_fusion=False``: a fused multiply-add would
-round otherwise than torch, C++ and CUDA C++ do, and one seed would no longer mean one image.
+round otherwise than torch, C++ and CUDA C++ do, and one seed would no longer mean one image. Triton launches on the
+current device, whatever its arguments are on: a launch goes inside ``torch.cuda.device_of(out)``.
 """
 
 from __future__ import annotations

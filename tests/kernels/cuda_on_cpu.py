@@ -17,7 +17,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +81,7 @@ def _compiler_says(question: str) -> str:
 def _build(source: Path) -> tuple[str, Path]:
     if shutil.which("g++") is None:
         pytest.skip("needs g++, whose sanitizers check the kernels")
+    pytest.importorskip("numpy", reason="needs numpy, in which the kernels' arrays come and go")
     pybind11 = pytest.importorskip("pybind11", reason="needs pybind11, to call the kernels from Python")
     digest = hashlib.sha256(sys.version.encode())
     for path in sorted([*(ROOT / "csrc").rglob("*.cu*"), *(ROOT / "csrc").rglob("*.h"), *FOLDER.glob("*.h"), source]):
@@ -103,6 +103,7 @@ def _build(source: Path) -> tuple[str, Path]:
 
 def assert_bits_equal(actual: object, expected: object) -> None:
     """Equal shapes and bits, NaN and the sign of zero included."""
+    np = pytest.importorskip("numpy", reason="needs numpy")
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     np.testing.assert_array_equal(actual.view(np.uint8), expected.view(np.uint8))

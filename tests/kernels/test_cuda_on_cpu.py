@@ -1,10 +1,10 @@
 """The fibers run right kernels to the right result, and find every deliberate fault."""
 
-import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import KernelFault, assert_bits_equal, execute, execute_each
 
+np = pytest.importorskip("numpy", reason="needs numpy")
 RANDOM = np.random.default_rng(0)
 
 

@@ -55,11 +55,24 @@ def test_compiled_gives_the_reason_when_it_cannot_run(monkeypatch):
     assert _library.compiled("gumbel", "cpu").missing == "not built: no C++ compiler"
     monkeypatch.setattr(_library, "EXTENSION_MISSING", None)
     monkeypatch.setattr(_library, "_LEFT_OUT", {"cuda c++": "no nvcc: none of nvcc found"})
-    assert _library.compiled("gumbel", "cuda").missing == "built without it: no nvcc: none of nvcc found"
+    assert _library.compiled("no_such_op", "cuda").missing == "built without it: no nvcc: none of nvcc found"
     monkeypatch.setattr(_library, "_LEFT_OUT", {})
     absent = _library.compiled("no_such_op", "cpu")
     assert absent.missing == "the extension that was built has no no_such_op for cpu: build it again"
     assert absent.function is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"missing": null}', '{"missing": []}', '{"compiler": "c++"}'])
+def test_a_damaged_build_record_is_told_and_breaks_nothing(tmp_path, text):
+    (tmp_path / "_build.json").write_text(text)
+    missing, left_out = _library._load_extension(tmp_path)
+    assert missing.startswith("not built: _build.json cannot be read (")
+    assert left_out.keys() == {"c++", "cuda c++"}
+
+
+def test_without_a_build_the_reason_says_how_to_build(tmp_path):
+    missing, left_out = _library._load_extension(tmp_path)
+    assert "pip install --no-build-isolation ." in missing and left_out == {}
 
 
 @pytest.fixture
@@ -96,6 +109,20 @@ def test_build_with_a_failing_compiler_is_no_error(build):
     record, libraries = build(CXX="false")
     assert libraries == set()
     assert "false failed with status 1" in record["missing"]["compiler"]
+
+
+def test_build_with_tools_that_say_something_odd_is_no_error(build, tmp_path):
+    silent, toy = tmp_path / "silent", tmp_path / "toy"
+    silent.write_text("#!/bin/sh\n")
+    toy.write_text("#!/bin/sh\necho toy 1\n[ $1 = --version ]\n")
+    for tool in (silent, toy):
+        tool.chmod(0o755)
+    record, _ = build(CXX=str(silent))
+    assert record["missing"]["compiler"] == f"{silent} does not say which version it is: ''"
+    record, libraries = build(CXX=str(toy), NVCC=str(toy), UNIF2ACE_CUDA_ARCHS="90a")
+    assert record["compiler"] == "toy 1" and libraries == set()
+    assert record["missing"]["cuda c++"] == f"{toy} does not say which version it is: 'toy 1'"
+    assert "toy failed with status 1" in record["missing"]["c++"]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

@@ -1,12 +1,12 @@
 """Philox, uniform, exponential and Gumbel numbers: known answers, float64 truth, and equal bits everywhere."""
 
+import contextlib
 import importlib.util
 import math
 
-import numpy as np
 import pytest
 import torch
-from cuda_on_cpu import assert_bits_equal, execute
+from cuda_on_cpu import execute
 
 from unif2ace_kernels import _library, _philox, _triton
 from unif2ace_kernels.random import NOISE_STREAM, REMASK_STREAM, TOKEN_STREAM, gumbel, reference
@@ -33,6 +33,12 @@ needs_module = pytest.mark.skipif(
 needs_ops = pytest.mark.skipif(
     _library.EXTENSION_MISSING is not None, reason=f"extension not built: {_library.EXTENSION_MISSING}"
 )
+
+
+def assert_bits_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal shapes and bits, NaN and the sign of zero included; without numpy, which a GPU machine may not have."""
+    assert actual.dtype == expected.dtype == torch.float32
+    assert torch.equal(actual.cpu().view(torch.int32), expected.view(torch.int32))
 
 
 def seed_and_offset(seed: int = 2**63 - 25, offset: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +120,8 @@ def test_gumbel_has_its_distribution(stream):
     expected = torch.softmax(logits.double(), 0).numpy() * len(winners)
     assert scipy_stats.chisquare(counts, expected).pvalue > 1e-3
     # Neighbours, which share a Philox call, are independent.
-    assert abs(np.corrcoef(draws[:, :-1].flatten(), draws[:, 1:].flatten())[0, 1]) < 4 / math.sqrt(99_900)
+    pairs = torch.stack([draws[:, :-1].flatten(), draws[:, 1:].flatten()])
+    assert abs(torch.corrcoef(pairs)[0, 1]) < 4 / math.sqrt(99_900)
 
 
 def test_op_equals_reference():
@@ -130,8 +137,8 @@ def test_op_equals_reference():
 def test_cpp_has_the_bits_of_torch(rows, columns):
     seed, offset = seed_and_offset(-7, 2**33 + 6)  # of the offset the low 32 bits count
     ours = torch.ops.unif2ace_native.gumbel(seed, offset, rows, columns, 2)
-    assert_bits_equal(ours.numpy(), _gumbel_torch(seed, offset, rows, columns, 2).numpy())
-    assert_bits_equal(ours.numpy(), _gumbel_torch(seed, torch.tensor([6]), rows, columns, 2).numpy())
+    assert_bits_equal(ours, _gumbel_torch(seed, offset, rows, columns, 2))
+    assert_bits_equal(ours, _gumbel_torch(seed, torch.tensor([6]), rows, columns, 2))
 
 
 @needs_module
@@ -140,13 +147,15 @@ def test_header_has_the_bits_of_torch(function):
     from unif2ace_kernels import _C
 
     expected = getattr(_philox, {"uniform": "uniform32"}.get(function, function))(WORDS)
-    assert_bits_equal(getattr(_C, function)(WORDS.numpy().astype(np.uint32)), expected.numpy())
+    np = pytest.importorskip("numpy", reason="needs numpy")
+    ours = getattr(_C, function)(WORDS.numpy().astype(np.uint32))
+    assert_bits_equal(torch.from_numpy(ours), expected)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (2, 1030)])
 def test_cuda_kernel_on_fibers_has_the_bits_of_torch(rows, columns):
     ours = execute("gumbel.cpp", "gumbel", -7, 6, rows, columns, TOKEN_STREAM)
-    assert_bits_equal(ours, _gumbel_torch(*seed_and_offset(-7, 6), rows, columns, TOKEN_STREAM).numpy())
+    assert_bits_equal(torch.from_numpy(ours), _gumbel_torch(*seed_and_offset(-7, 6), rows, columns, TOKEN_STREAM))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (2, 1030)])
@@ -155,9 +164,31 @@ def test_triton_kernel_interpreted_has_the_bits_of_torch(triton_interpreter, row
 
     seed, offset = seed_and_offset(-7, 2**33 + 6)
     ours = gumbel_triton.gumbel(seed, offset, rows, columns, REMASK_STREAM)
-    assert_bits_equal(ours.numpy(), _gumbel_torch(seed, offset, rows, columns, REMASK_STREAM).numpy())
+    assert_bits_equal(ours, _gumbel_torch(seed, offset, rows, columns, REMASK_STREAM))
     truth = reference.gumbel(seed, offset, rows, columns, REMASK_STREAM)
     assert ((ours.double() - truth).abs() <= 3e-7 * truth.abs().clamp(min=1)).all()
+
+
+def test_triton_launches_on_the_device_of_its_output(triton_interpreter, monkeypatch):
+    from unif2ace_kernels.random import gumbel_triton
+
+    kernel, current = gumbel_triton.gumbel_kernel, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            assert current == [torch.Size([2, 5])], "launched outside torch.cuda.device_of(out)"
+            return kernel[grid]
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.shape)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(gumbel_triton, "gumbel_kernel", Watched())
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    gumbel_triton.gumbel(*seed_and_offset(), 2, 5, TOKEN_STREAM)
+    assert current == []
 
 
 @pytest.mark.gpu
@@ -170,7 +201,7 @@ def test_gpu_has_the_bits_of_the_cpu(name):
     seed, offset = seed_and_offset()
     for rows, columns in [(1, 1), (3, 5), (65_537, 9), (64, 8192)]:
         ours = candidates[name].function(seed.cuda(), offset.cuda(), rows, columns, 1)
-        assert_bits_equal(ours.cpu().numpy(), gumbel(seed, offset, rows, columns, stream=1).numpy())
+        assert_bits_equal(ours, gumbel(seed, offset, rows, columns, stream=1))
 
 
 @pytest.mark.gpu
@@ -185,7 +216,7 @@ def test_captured_graph_reads_the_offset_anew():
         offset.add_(1)
     for step in range(3, 6):
         graph.replay()
-        assert_bits_equal(out.cpu().numpy(), gumbel(*seed_and_offset(offset=step), 4, 64).numpy())
+        assert_bits_equal(out, gumbel(*seed_and_offset(offset=step), 4, 64))
 
 
 def test_opcheck():

@@ -29,5 +29,6 @@ def gumbel(seed: torch.Tensor, offset: torch.Tensor, rows: int, columns: int, st
     out = seed.new_empty((rows, columns), dtype=torch.float32)
     if out.numel():
         grid = (rows, triton.cdiv(columns, BLOCK))  # rows may pass 65,535, which only the first axis may
-        gumbel_kernel[grid](seed, offset, out, columns, stream, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
+        with torch.cuda.device_of(out):
+            gumbel_kernel[grid](seed, offset, out, columns, stream, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     return out
