@@ -18,8 +18,8 @@ import torch
 
 from .objective import Coefficients
 
-# Float32 logits of a chunk. At D = 2048 and 8192 columns a step takes 1.18 s with 2 or 4 MiB, 0.97 s with 16, 0.95 s
-# with 32 (two cores): below 16 MiB the sum for the weight's gradient passes over memory too often.
+# Float32 logits of a chunk. With less, the sum for the weight's gradient passes over memory too often; more gains
+# little (change it and run python -m benchmarks.run --op d3diff.loss).
 CHUNK_BYTES = 16 << 20
 MIN_CHUNK_ROWS = 128
 # e^u goes on as its tangent beyond this, in value and gradient alike, so that float32 neither overflows nor lies.

@@ -9,7 +9,7 @@ import torch
 
 from .._checks import expect, expect_tensor
 from .head import accumulation_dtype, exponent, penalty
-from .objective import Coefficients, Objective, RowWeights, row_weights
+from .objective import Coefficients, Objective, RowWeights, mean_rows, row_weights
 from .ops import head_op, logits_op, noise_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -127,9 +127,7 @@ def loss(
         _expect_samples(mask_prob, sample_id)
     rows = row_weights(objective, valid, mask_prob, sample_id, columns[1] - columns[0])
     weights = rows.combined(objective.ce_coef, objective.alpha)
-    value, *terms = _head(
-        hidden, weight, bias, targets, None, weights, [columns], objective.code_range, ignore_index
-    )
+    value, *terms = _head(hidden, weight, bias, targets, None, weights, [columns], objective.code_range, ignore_index)
     return value, _stats(rows, valid, *terms)
 
 
@@ -196,7 +194,7 @@ def next_token_loss(
     valid = labels != ignore_index
     if _may_look(hidden, check_values):
         _expect_targets(labels, valid, (start, end), "labels")
-    rows = _plain_rows(valid)
+    rows = mean_rows(valid)
     value, *terms = _head(
         hidden, weight, bias, labels, None, rows.combined(1.0, 0.0), [(start, end)], (start, end), ignore_index
     )
@@ -250,7 +248,7 @@ def joint_loss(
     image_rows = row_weights(
         objective, image, mask_prob, torch.where(is_image, sample_id, 0), columns[1] - columns[0]
     )
-    text_rows = _plain_rows(text)
+    text_rows = mean_rows(text)
     weights = image_rows.combined(image_coef * objective.ce_coef, image_coef * objective.alpha)
     weights = weights._replace(ce=weights.ce + text_coef * text_rows.mask)
     value, *terms = _head(
@@ -263,12 +261,6 @@ def joint_loss(
 def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """labels [B, N] -> what each position predicts: the next label, `ignore_index` at the last position."""
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], ignore_index)], 1)
-
-
-def _plain_rows(valid: torch.Tensor) -> RowWeights:
-    mask = valid.to(torch.float64) / valid.sum().clamp(min=1)
-    zero = torch.zeros_like(mask)
-    return RowWeights(mask, zero, None, None, None, zero)
 
 
 def _normalised(weights: Coefficients, dtype: torch.dtype) -> tuple[Coefficients, torch.Tensor]:
@@ -301,9 +293,7 @@ def _head(
     if compute_dtype != torch.float64 and torch.is_autocast_enabled(device):
         compute_dtype = torch.get_autocast_dtype(device)
     weights, size = _normalised(weights, compute_dtype)
-    asked = [
-        torch.is_grad_enabled() and each is not None and each.requires_grad for each in (hidden, weight, bias)
-    ]
+    asked = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in (hidden, weight, bias)]
     starts, ends = zip(*columns, strict=True)
     value, ce, lse, mass, hit, *_ = head_op(
         hidden, weight, bias, targets, group, *weights, starts, ends, codes, ignore_index, compute_dtype, *asked

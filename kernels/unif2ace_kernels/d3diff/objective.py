@@ -150,3 +150,10 @@ def row_weights(
         log_scale = 0.0 if objective.log_scale is None else objective.log_scale
         mass, constant = score * math.exp(log_scale), -score * (1 + log_scale)
     return RowWeights(valid / count, score, penalty, shift, mass, constant)
+
+
+def mean_rows(valid: torch.Tensor) -> RowWeights:
+    """Coefficients of T rows of which `valid` [T] have a label: their mean cross entropy alone, no score term."""
+    mask = valid.to(torch.float64) / valid.sum().clamp(min=1)
+    zero = torch.zeros_like(mask)
+    return RowWeights(mask, zero, None, None, None, zero)

@@ -17,8 +17,8 @@ from torch import Tensor
 def _row_step(x: Tensor) -> int:
     """Products take a multiple of this many rows.
 
-    oneDNN, which multiplies bfloat16 and float16 on the CPU, builds a kernel for each new number of rows (0.5 ms
-    each as measured, as long as the product itself at m = 512), and routing brings new numbers at every step.
+    oneDNN, which multiplies bfloat16 and float16 on the CPU, builds a kernel for each new number of rows, which can
+    take as long as the product itself, and routing brings new numbers at every step.
     """
     return 32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
 
