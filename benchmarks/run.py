@@ -35,7 +35,7 @@ from .measure import (
     peak_bytes,
 )
 
-Record = dict[str, object]
+Record = dict[str, Any]
 OK, MISSING, WRONG, ERROR = "ok", "missing", "wrong", "error"
 
 
@@ -192,11 +192,11 @@ def row(record: Record) -> str:
         checked = f"error {record['error']:.1e}" if "error" in record else "not compared"
         reason = str(record.get("reason", checked)).strip().splitlines()[-1]
         return f"{head} {record['status']}: {reason}"
-    low, high = record["quartiles_ms"]  # type: ignore[misc]
+    low, high = record["quartiles_ms"]
     peak = record["peak_bytes"]
     text = f"{head}{record['median_ms']:10.3f} ms [{low:.3f}, {high:.3f}]  x{record['times_ours']:<6.2f}"
-    text += f" floor {100 * record['share_of_floor']:5.1f} %"  # type: ignore[operator]
-    text += "" if peak is None else f"  {peak / 2**20:8.1f} MiB"  # type: ignore[operator]
+    text += f" floor {100 * record['share_of_floor']:5.1f} %"
+    text += "" if peak is None else f"  {peak / 2**20:8.1f} MiB"
     return text + (f"  {record['launches']} launches" if "launches" in record else "")
 
 
