@@ -2,14 +2,15 @@
 
 A room's ops.py calls `register` once an op. An op may have several implementations for a device (compiled C++,
 CUDA C++, Triton, plain torch), given in order of preference; the first that can run here is the one installed, when
-the package is imported, and `explain` says which it is and why the ones before it were passed over. Nothing here
-looks for a device: whether Triton or the compiled extension can be imported is all that is asked.
+the package is imported, and `explain` says which it is and why the ones before it were passed over. One that takes
+some floating dtypes only leaves calls with others to the next in the list. Nothing here looks for a device: whether
+Triton or the compiled extension can be imported is all that is asked.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,11 @@ NAMESPACE = "unif2ace"
 NATIVE_NAMESPACE = "unif2ace_native"  # where the compiled extension keeps its ops, under the same schemas
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what GPU kernels take; float64 stays with torch
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,21 @@ class Implementation:
         devices: device types it serves.
         function: the callable of the op's schema; may be None where `missing` gives a reason.
         missing: why it cannot run in this installation; None when it can.
+        dtypes: of the floating-point tensors that it takes; None for all.
     """
 
     name: str
     devices: tuple[str, ...]
     function: Callable | None
     missing: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+    def refusal(self, tensors: Iterable[object]) -> str | None:
+        """Why it does not take `tensors` (what is no tensor is passed over); None when it does."""
+        for tensor in tensors if self.dtypes is not None else ():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
+                return f"takes {', '.join(map(_short, self.dtypes))}, not {_short(tensor.dtype)}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,8 @@ def register(
 
     Args:
         schema: ``"name(Tensor x, ...) -> Tensor"``, without the namespace.
-        implementations: in order of preference; for each device the first that is not `missing` is installed.
+        implementations: in order of preference; for each device the first that is not `missing` is installed, and
+            the ones after it where it takes some dtypes only.
         fake: shape and dtype propagation, as for `torch.library.register_fake`.
         setup_context, backward: as for `torch.library.register_autograd`.
 
@@ -79,25 +95,44 @@ def register(
     _LIBRARY.define(schema)
     _IMPLEMENTATIONS[name] = tuple(implementations)
     for device, key in _DISPATCH_KEY.items():
-        chosen = _choose(name, device)[0]
-        if chosen is not None:
-            _LIBRARY.impl(name, chosen.function, key)
+        usable = runnable(name, device)
+        if usable:
+            _LIBRARY.impl(name, usable[0].function if usable[0].dtypes is None else _by_dtype(name, usable), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _choose(name: str, device: str) -> tuple[Implementation | None, tuple[tuple[str, str], ...]]:
+def runnable(op: str, device: str) -> tuple[Implementation, ...]:
+    """Implementations of `op` that can run on `device` in this installation, in order of preference."""
+    return tuple(each for each in _IMPLEMENTATIONS[op] if device in each.devices and each.missing is None)
+
+
+def _by_dtype(op: str, usable: Sequence[Implementation]) -> Callable:
+    """The first of `usable` that takes the call's dtypes."""
+
+    def call(*arguments, **keywords):
+        tensors = (*arguments, *keywords.values())
+        for each in usable:
+            if each.refusal(tensors) is None:
+                return each.function(*arguments, **keywords)
+        raise ValueError(f"{op}: " + "; ".join(f"{each.name} {each.refusal(tensors)}" for each in usable))
+
+    return call
+
+
+def _choose(
+    name: str, device: str, tensors: Sequence[torch.Tensor] = ()
+) -> tuple[Implementation | None, tuple[tuple[str, str], ...]]:
     passed_over: list[tuple[str, str]] = []
     for candidate in _IMPLEMENTATIONS[name]:
         if device not in candidate.devices:
             continue
-        if candidate.missing is None:
+        why_not = candidate.missing or candidate.refusal(tensors)
+        if why_not is None:
             return candidate, tuple(passed_over)
-        passed_over.append((candidate.name, candidate.missing))
+        passed_over.append((candidate.name, why_not))
     return None, tuple(passed_over)
 
 
@@ -111,7 +146,7 @@ def explain(op: str, *tensors: torch.Tensor) -> Explanation:
 
     Args:
         op: the op's name, with or without the ``unif2ace::`` prefix (see `registered_ops`).
-        tensors: the op's tensor arguments; their device decides. Without any, the CPU is meant.
+        tensors: the op's tensor arguments; their device and floating dtypes decide. Without any, the CPU is meant.
 
     Returns:
         An `Explanation`; ``print`` it for a sentence a line.
@@ -125,9 +160,11 @@ def explain(op: str, *tensors: torch.Tensor) -> Explanation:
     devices = sorted({tensor.device.type for tensor in tensors}) or ["cpu"]
     if len(devices) > 1:
         raise ValueError(f"tensors: expected all on one device, got {' and '.join(devices)}")
-    chosen, passed_over = _choose(name, devices[0])
+    chosen, passed_over = _choose(name, devices[0], tensors)
     if chosen is None:
         known = sorted({device for each in _IMPLEMENTATIONS[name] for device in each.devices})
+        if devices[0] in known:
+            raise ValueError(f"tensors: no implementation runs: {'; '.join(map(': '.join, passed_over))}")
         raise ValueError(f"tensors: expected a device of {', '.join(known)}, got {devices[0]}")
     return Explanation(name, devices[0], chosen.name, passed_over)
 
@@ -161,8 +198,11 @@ def _load_extension(folder: Path) -> tuple[str | None, dict[str, str]]:
 EXTENSION_MISSING, _LEFT_OUT = _load_extension(Path(__file__).parent)
 
 
-def compiled(op: str, device: str) -> Implementation:
-    """The compiled implementation of `op`: "c++" for ``"cpu"``, "cuda c++" for ``"cuda"``, or why it is missing."""
+def compiled(op: str, device: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Implementation:
+    """The compiled implementation of `op`: "c++" for ``"cpu"``, "cuda c++" for ``"cuda"``, or why it is missing.
+
+    dtypes: the floating dtypes that it takes, None for all; see `Implementation`.
+    """
     name = {"cpu": "c++", "cuda": "cuda c++"}[device]
     missing = EXTENSION_MISSING
     if missing is None and not _has_native_kernel(op, device):
@@ -170,8 +210,8 @@ def compiled(op: str, device: str) -> Implementation:
         if name in _LEFT_OUT:
             missing = f"built without it: {_LEFT_OUT[name]}"
     if missing is not None:
-        return Implementation(name, (device,), None, missing)
-    return Implementation(name, (device,), getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default)
+        return Implementation(name, (device,), None, missing, dtypes)
+    return Implementation(name, (device,), getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default, None, dtypes)
 
 
 def _has_native_kernel(op: str, device: str) -> bool:

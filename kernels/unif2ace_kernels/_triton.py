@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 
+import torch
+
 from unif2ace_kernels import _philox
-from unif2ace_kernels._library import Implementation
+from unif2ace_kernels._library import KERNEL_DTYPES, Implementation
 
 try:
     import triton
@@ -21,11 +23,16 @@ else:
     TRITON_MISSING = None
 
 
-def triton_implementation(module: str, function: str) -> Implementation:
-    """The implementation "triton" for CUDA that is `function` of `module`, which is imported if Triton is there."""
+def triton_implementation(
+    module: str, function: str, dtypes: tuple[torch.dtype, ...] | None = KERNEL_DTYPES
+) -> Implementation:
+    """The implementation "triton" for CUDA that is `function` of `module`, which is imported if Triton is there.
+
+    dtypes: the floating dtypes that it takes, None for all; see `Implementation`.
+    """
     if TRITON_MISSING is not None:
-        return Implementation("triton", ("cuda",), None, TRITON_MISSING)
-    return Implementation("triton", ("cuda",), getattr(importlib.import_module(module), function))
+        return Implementation("triton", ("cuda",), None, TRITON_MISSING, dtypes)
+    return Implementation("triton", ("cuda",), getattr(importlib.import_module(module), function), None, dtypes)
 
 
 if TRITON_MISSING is None:

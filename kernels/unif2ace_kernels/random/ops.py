@@ -23,7 +23,7 @@ _gumbel = register(
     "gumbel(Tensor seed, Tensor offset, SymInt rows, SymInt columns, int stream) -> Tensor",
     implementations=[
         # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
-        triton_implementation("unif2ace_kernels.random.gumbel_triton", "gumbel"),
+        triton_implementation("unif2ace_kernels.random.gumbel_triton", "gumbel", None),
         compiled("gumbel", "cuda"),
         compiled("gumbel", "cpu"),
         Implementation("torch", ("cpu", "cuda"), _gumbel_torch),
