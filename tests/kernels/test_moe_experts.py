@@ -195,7 +195,7 @@ def test_opcheck(bias):
     arguments = x.requires_grad_(), weight, routing.order, routing.offsets, *leaves, "gelu_tanh"
     torch.library.opcheck(torch.ops.unif2ace.moe_experts.default, arguments)
     backward = torch.randn_like(x), x, x.new_zeros(60, 7), weight, routing.order, routing.offsets
-    backward = [each.detach() for each in (*backward, leaves[0], leaves[2])] + [leaves[3], "gelu_tanh"]
+    backward = [each.detach() for each in (*backward, leaves[0], leaves[2])] + [leaves[3], bias, "gelu_tanh"]
     torch.library.opcheck(
         torch.ops.unif2ace.moe_experts_backward.default,
         [each.detach() if isinstance(each, torch.Tensor) else each for each in backward],

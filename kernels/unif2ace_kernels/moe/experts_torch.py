@@ -96,9 +96,12 @@ def backward(
     w_in: Tensor,
     w_out: Tensor,
     b_out: Tensor | None,
+    has_b_in: bool,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, w_in, b_in, w_out, b_out; zero for the parameters of an expert without rows.
+
+    Without b_in or b_out (b_out is None) their gradients have no experts, [0, ...].
 
     The experts' outputs are not kept: with y = a w_out + b_out, the gradient of a slot's weight is
     <grad_y, y> = <grad_y w_out^T, a> + <grad_y, b_out>, and grad_y w_out^T is needed anyway.
@@ -110,11 +113,12 @@ def backward(
     grad_weight_rows = torch.empty_like(weight_rows)
     grad_x_rows = x.new_empty(len(order) + step, x.shape[1])
     grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    grad_b_in, grad_b_out = w_in.new_empty(w_in.shape[0], w_in.shape[2]), w_out.new_empty(w_out.shape[0], x.shape[1])
+    grad_b_in = w_in.new_empty(len(w_in) if has_b_in else 0, w_in.shape[2])
+    grad_b_out = w_out.new_empty(0 if b_out is None else len(w_out), x.shape[1])
     for e, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:
             for grad in (grad_w_in, grad_b_in, grad_w_out, grad_b_out):
-                grad[e].zero_()
+                grad[e : e + 1].zero_()
             continue
         x_e, grad_y_e = _gather(x, tokens[start:stop], step), _gather(grad_y, tokens[start:stop], step)
         scale = weight_rows[start:stop]
@@ -123,11 +127,12 @@ def backward(
         )
         if b_out is not None:
             grad_weight += torch.mm(grad_y_e[: stop - start], b_out[e, :, None])[:, 0]
+            torch.mm(scale[None].to(x.dtype), grad_y_e[: stop - start], out=grad_b_out[e, None])
         grad_weight_rows[start:stop] = grad_weight
         torch.mm(scaled_a.t(), grad_y_e, out=grad_w_out[e])
-        torch.mm(scale[None].to(x.dtype), grad_y_e[: stop - start], out=grad_b_out[e, None])
         torch.mm(x_e.t(), grad_h, out=grad_w_in[e])
-        torch.sum(grad_h, 0, out=grad_b_in[e])
+        if has_b_in:
+            torch.sum(grad_h, 0, out=grad_b_in[e])
         torch.mm(grad_h, w_in[e].t(), out=grad_x_rows[start : start + len(x_e)])
     position = _position(order, slots)
     grad_weight = grad_weight_rows[position]

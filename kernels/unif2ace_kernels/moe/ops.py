@@ -193,20 +193,21 @@ def _experts_setup(ctx, inputs, output):
 
 
 def _experts_autograd(ctx, grad_y, _grad_h):
-    x, weight, w_in, b_in, w_out, b_out = _experts_backward(grad_y, *ctx.saved_tensors, ctx.activation)
     has_in, has_out = ctx.has_bias
+    x, weight, w_in, b_in, w_out, b_out = _experts_backward(grad_y, *ctx.saved_tensors, has_in, ctx.activation)
     return x, weight, None, None, w_in, b_in if has_in else None, w_out, b_out if has_out else None, None
 
 
-def _experts_backward_fake(grad_y, x, h, weight, order, offsets, w_in, w_out, b_out, activation):
-    b_in, b_out = w_in.new_empty(w_in.shape[0], w_in.shape[2]), w_out.new_empty(w_out.shape[0], w_out.shape[2])
+def _experts_backward_fake(grad_y, x, h, weight, order, offsets, w_in, w_out, b_out, has_b_in, activation):
+    b_in = w_in.new_empty(w_in.shape[0] if has_b_in else 0, w_in.shape[2])
+    b_out = w_out.new_empty(0 if b_out is None else w_out.shape[0], w_out.shape[2])
     return (x.new_empty(x.shape), weight.new_empty(weight.shape), w_in.new_empty(w_in.shape), b_in,
             w_out.new_empty(w_out.shape), b_out)  # fmt: skip
 
 
 _experts_backward = register(
     "moe_experts_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor order, Tensor offsets,"
-    " Tensor w_in, Tensor w_out, Tensor? b_out, str activation)"
+    " Tensor w_in, Tensor w_out, Tensor? b_out, bool has_b_in, str activation)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations=_torch(experts_torch.backward),
     fake=_experts_backward_fake,
