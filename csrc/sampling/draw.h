@@ -84,72 +84,107 @@ struct Winner {
   }
 };
 
-// The scaled values above `threshold`, as a sum of exponentials.
+// The mass of the scaled values above `threshold`, from their weights e**scaled.
 template <class T>
-UNIF2ACE_HOST_DEVICE double mass_above(const T* scaled, int64_t length, T threshold) {
+UNIF2ACE_HOST_DEVICE double mass_above(const T* scaled, const T* weights, int64_t length, T threshold) {
   double mass = 0;
   for (int64_t first = 0; first < length; first += kBlock) {
     T terms[kBlock];
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const T x = scaled[first + i], term = exp_of_negative(x);
-      terms[i] = x > threshold ? term : T(0);
-    }
+    for (int64_t i = 0; i < kBlock; ++i) terms[i] = scaled[first + i] > threshold ? weights[first + i] : T(0);
     mass += sum_of_block(terms);
   }
   return mass;
 }
 
-// scores[i] = shifted[i] / temperature + Gumbel number of (row, i), with -inf where top-k leaves i out; returns the
-// first of the largest scores that top-p leaves in. `shifted` becomes the scaled values.
-template <class T>
-UNIF2ACE_HOST_DEVICE int64_t gumbel_max(T* shifted, T* scores, int64_t codes, uint32_t row, const DrawOptions& o) {
-  const T none = -std::numeric_limits<T>::infinity(), inverse = static_cast<T>(1 / o.temperature);
-  const int64_t length = padded(codes);
-  for (int64_t i = 0; i < length; ++i) shifted[i] *= inverse;
-  if (o.top_k > 0 && o.top_k < codes) {
-    std::copy(shifted, shifted + codes, scores);
-    std::nth_element(scores, scores + o.top_k - 1, scores + codes, std::greater<T>());
-    const T smallest = scores[o.top_k - 1];
-    for (int64_t i = 0; i < length; ++i) shifted[i] = shifted[i] < smallest ? none : shifted[i];
+// The 32-bit words of codes first .. first + kBlock - 1.
+UNIF2ACE_HOST_DEVICE void words_of_block(const DrawOptions& o, uint32_t row, int64_t first, uint32_t* words) {
+  for (int64_t g = 0; g < kBlock / 4; ++g) {
+    const Words four = words_of_group(o.seed, o.offset, row, static_cast<uint32_t>(first / 4 + g), kTokenStream);
+    for (int lane = 0; lane < 4; ++lane) words[4 * g + lane] = four.w[lane];
   }
-  Winner<T> winner;
-  for (int64_t first = 0; first < length; first += kBlock) {
-    uint32_t words[kBlock];
-    for (int64_t g = 0; g < kBlock / 4; ++g) {
-      const Words four = words_of_group(o.seed, o.offset, row, static_cast<uint32_t>(first / 4 + g), kTokenStream);
-      for (int lane = 0; lane < 4; ++lane) words[4 * g + lane] = four.w[lane];
-    }
-    for (int64_t i = 0; i < kBlock; ++i) scores[first + i] = shifted[first + i] + static_cast<T>(gumbel(words[i]));
-    winner.take_block(scores + first, first);
-  }
-  if (o.top_p >= 1) return winner.index;
-  // The nucleus is closed upwards: a winner outside takes itself and everything that is no likelier out of the race.
-  const double nucleus = o.top_p * mass_above(shifted, length, none);
-  while (mass_above(shifted, length, shifted[winner.index]) >= nucleus) {
-    const T outside = shifted[winner.index];
-    winner = {};
-    for (int64_t first = 0; first < length; first += kBlock) {
-      for (int64_t i = first; i < first + kBlock; ++i) scores[i] = shifted[i] > outside ? scores[i] : none;
-      winner.take_block(scores + first, first);
-    }
-  }
-  return winner.index;
 }
 
-// code: -1 where the largest guided logit is not finite. scratch: 2 * padded(codes) values.
+// The first of the largest of scaled[i] + Gumbel number of (row, i). Few Gumbel numbers are computed: since
+// G = -log(-log1p(-u)) <= -log u, code i cannot reach the best score so far unless weights[i] = e**scaled[i] is at
+// least u e**best, which is one product away from the random word. `likeliest` has scaled 0: it goes first, so the
+// best is at least the least Gumbel number, -3.13, and no weight that matters underflows.
 template <class T>
-UNIF2ACE_HOST_DEVICE void draw_row(const T* cond, const T* uncond, int64_t codes, uint32_t row, const DrawOptions& o,
-                                   T* scratch, int64_t* code, T* confidence) {
+UNIF2ACE_HOST_DEVICE int64_t race(const T* scaled, const T* weights, int64_t length, int64_t likeliest, uint32_t row,
+                                  const DrawOptions& o) {
+  uint32_t words[kBlock];
+  T best = -std::numeric_limits<T>::infinity();
+  int64_t winner = length;
+  float reach = 0;  // e**best / 2**31 with room for the rounding of weights, numbers and scores (1e-5 at most)
+  const auto enter = [&](int64_t i, uint32_t word) {
+    const T score = scaled[i] + static_cast<T>(gumbel(word));
+    if (score < best || (score == best && i > winner)) return;
+    best = score;
+    winner = i;
+    reach = std::exp(static_cast<float>(best)) * (0.9999f * 0x1p-31f);
+  };
+  const int64_t first_block = likeliest / kBlock * kBlock;
+  for (int64_t turn = -kBlock; turn < length; turn += kBlock) {
+    if (turn == first_block) continue;
+    const int64_t first = turn < 0 ? first_block : turn;
+    words_of_block(o, row, first, words);
+    if (turn < 0) enter(likeliest, words[likeliest - first]);
+    int32_t hits = 0;
+    for (int64_t i = 0; i < kBlock; ++i)
+      hits += weights[first + i] >= static_cast<T>(static_cast<float>(static_cast<int32_t>(words[i] >> 1)) * reach);
+    if (hits == 0) continue;
+    for (int64_t i = 0; i < kBlock; ++i)
+      if (weights[first + i] >= static_cast<T>(static_cast<float>(static_cast<int32_t>(words[i] >> 1)) * reach))
+        enter(first + i, words[i]);
+  }
+  return winner;
+}
+
+// The code that is drawn. shifted: logits less their largest, which `likeliest` has; weights: e**shifted. Both are
+// overwritten.
+template <class T>
+UNIF2ACE_HOST_DEVICE int64_t gumbel_max(T* shifted, T* weights, int64_t codes, int64_t likeliest, uint32_t row,
+                                        const DrawOptions& o) {
+  const T none = -std::numeric_limits<T>::infinity(), inverse = static_cast<T>(1 / o.temperature);
+  const int64_t length = padded(codes);
+  if (inverse != T(1)) {
+    for (int64_t i = 0; i < length; ++i) shifted[i] *= inverse;
+    for (int64_t i = 0; i < length; ++i) weights[i] = exp_of_negative(shifted[i]);
+  }
+  if (o.top_k > 0 && o.top_k < codes) {
+    std::copy(shifted, shifted + codes, weights);
+    std::nth_element(weights, weights + o.top_k - 1, weights + codes, std::greater<T>());
+    const T smallest = weights[o.top_k - 1];
+    for (int64_t i = 0; i < length; ++i) shifted[i] = shifted[i] < smallest ? none : shifted[i];
+    for (int64_t i = 0; i < length; ++i) weights[i] = exp_of_negative(shifted[i]);
+  }
+  int64_t winner = race(shifted, weights, length, likeliest, row, o);
+  if (o.top_p >= 1) return winner;
+  // The nucleus is closed upwards: a winner outside takes itself and everything that is no likelier out of the race.
+  const double nucleus = o.top_p * mass_above(shifted, weights, length, none);
+  while (mass_above(shifted, weights, length, shifted[winner]) >= nucleus) {
+    const T outside = shifted[winner];
+    for (int64_t i = 0; i < length; ++i) weights[i] = shifted[i] > outside ? weights[i] : T(0);
+    for (int64_t i = 0; i < length; ++i) shifted[i] = shifted[i] > outside ? shifted[i] : none;
+    winner = race(shifted, weights, length, likeliest, row, o);
+  }
+  return winner;
+}
+
+// code: -1 where the largest guided logit is not finite. In: float, double, bfloat16 or half; T computes: double for
+// double, else float. scratch: 2 * padded(codes) values.
+template <class In, class T>
+UNIF2ACE_HOST_DEVICE void draw_row(const In* cond, const In* uncond, int64_t codes, uint32_t row,
+                                   const DrawOptions& o, T* scratch, int64_t* code, T* confidence) {
   const T none = -std::numeric_limits<T>::infinity();
   const int64_t length = padded(codes);
-  T *const shifted = scratch, *const scores = scratch + length;
+  T *const shifted = scratch, *const weights = scratch + length;
+  const T a = static_cast<T>(1 + o.guidance), b = static_cast<T>(o.guidance);
   if (uncond == nullptr) {
-    std::copy(cond, cond + codes, shifted);
+    for (int64_t i = 0; i < codes; ++i) shifted[i] = static_cast<T>(cond[i]);
   } else {
-    const T a = static_cast<T>(1 + o.guidance), b = static_cast<T>(o.guidance);
     for (int64_t i = 0; i < codes; ++i) {
-      const T mixed = a * cond[i] - b * uncond[i];
-      shifted[i] = (cond[i] == none) | (uncond[i] == none) ? none : mixed;
+      const T c = static_cast<T>(cond[i]), u = static_cast<T>(uncond[i]), mixed = a * c - b * u;
+      shifted[i] = (c == none) | (u == none) ? none : mixed;
     }
   }
   std::fill(shifted + codes, shifted + length, none);
@@ -171,24 +206,24 @@ UNIF2ACE_HOST_DEVICE void draw_row(const T* cond, const T* uncond, int64_t codes
   double total = 0, weighted = 0;
   T second = none;
   for (int64_t first = 0; first < length; first += kBlock) {
-    T* const block = shifted + first;
+    T *const block = shifted + first, *const block_weights = weights + first;
     T terms[kBlock];
     for (int64_t i = 0; i < kBlock; ++i) block[i] -= likeliest.score;
-    for (int64_t i = 0; i < kBlock; ++i) terms[i] = exp_of_negative(block[i]);
-    total += sum_of_block(terms);
+    for (int64_t i = 0; i < kBlock; ++i) block_weights[i] = exp_of_negative(block[i]);
+    total += sum_of_block(block_weights);
     if (o.confidence == Confidence::kNegEntropy) {
-      for (int64_t i = 0; i < kBlock; ++i) terms[i] *= block[i] > T(-1000) ? block[i] : T(-1000);
+      for (int64_t i = 0; i < kBlock; ++i)
+        terms[i] = block_weights[i] * (block[i] > T(-1000) ? block[i] : T(-1000));
       weighted += sum_of_block(terms);
     } else if (o.confidence == Confidence::kMargin) {
       for (int64_t i = 0; i < kBlock; ++i) terms[i] = first + i == likeliest.index ? none : block[i];
       second = std::max(second, largest_of_block(terms));
     }
   }
-  *code = o.temperature > 0 ? gumbel_max(shifted, scores, codes, row, o) : likeliest.index;
+  *code = o.temperature > 0 ? gumbel_max(shifted, weights, codes, likeliest.index, row, o) : likeliest.index;
   // The guided logit of the winner once more: the race has scaled the row.
-  const T logit = uncond == nullptr
-      ? cond[*code]
-      : static_cast<T>(1 + o.guidance) * cond[*code] - static_cast<T>(o.guidance) * uncond[*code];
+  const T logit = uncond == nullptr ? static_cast<T>(cond[*code])
+                                    : a * static_cast<T>(cond[*code]) - b * static_cast<T>(uncond[*code]);
   const T drawn = logit - likeliest.score;
   const T log_total = static_cast<T>(std::log(total));
   switch (o.confidence) {

@@ -1,45 +1,82 @@
-// unif2ace_native::draw for CPU.
+// unif2ace_native::draw, sample_logits and remask for CPU.
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "common/simd.h"
 #include "common/torch_stable.h"
 #include "sampling/draw.h"
+#include "sampling/remask_row.h"
 
 namespace unif2ace {
 namespace {
 
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+// One row a call, in one version per instruction set.
+#define UNIF2ACE_DRAW_ONE(In, T)                                                                                     \
+  UNIF2ACE_SIMD_CLONES                                                                                               \
+  void draw_one(const In* cond, const In* uncond, int64_t codes, uint32_t row, const DrawOptions& options, T* scratch, \
+                int64_t* code, T* confidence) {                                                                      \
+    draw_row(cond, uncond, codes, row, options, scratch, code, confidence);                                          \
+  }
+UNIF2ACE_DRAW_ONE(float, float)
+UNIF2ACE_DRAW_ONE(BFloat16, float)
+UNIF2ACE_DRAW_ONE(Half, float)
+UNIF2ACE_DRAW_ONE(double, double)
+#undef UNIF2ACE_DRAW_ONE
+
 UNIF2ACE_SIMD_CLONES
-void draw_one(const float* cond, const float* uncond, int64_t codes, uint32_t row, const DrawOptions& options,
-              float* scratch, int64_t* code, float* confidence) {
-  draw_row(cond, uncond, codes, row, options, scratch, code, confidence);
+void keys_of(const float* confidence, const bool* unknown, const int64_t* rows, int64_t length,
+             const RemaskOptions& options, float* keys) {
+  remask_keys(confidence, unknown, rows, length, options, keys);
 }
 
 UNIF2ACE_SIMD_CLONES
-void draw_one(const double* cond, const double* uncond, int64_t codes, uint32_t row, const DrawOptions& options,
-              double* scratch, int64_t* code, double* confidence) {
-  draw_row(cond, uncond, codes, row, options, scratch, code, confidence);
+void keys_of(const double* confidence, const bool* unknown, const int64_t* rows, int64_t length,
+             const RemaskOptions& options, double* keys) {
+  remask_keys(confidence, unknown, rows, length, options, keys);
 }
 
-template <class T>
-void draw_rows(const Tensor& cond, const std::optional<Tensor>& uncond, const Tensor& rows,
-               const DrawOptions& options, Tensor& code, Tensor& confidence) {
-  const int64_t codes = cond.size(1);
-  const T* const first = cond.const_data_ptr<T>();
-  const T* const second = uncond ? uncond->const_data_ptr<T>() : nullptr;
-  const int64_t first_stride = cond.stride(0), second_stride = uncond ? uncond->stride(0) : 0;
-  const int64_t* const row = rows.const_data_ptr<int64_t>();
-  int64_t* const code_out = code.mutable_data_ptr<int64_t>();
-  T* const confidence_out = confidence.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, cond.size(0), 1, [&](int64_t begin, int64_t end) {
+// Logits of both branches, [R, V] with contiguous rows; `second` is null where there is one branch.
+template <class In>
+struct Branches {
+  const In *first, *second;
+  int64_t first_stride, second_stride;
+
+  Branches(const Tensor& cond, const std::optional<Tensor>& uncond, int64_t column)
+      : first(static_cast<const In*>(cond.const_data_ptr()) + column),
+        second(uncond ? static_cast<const In*>(uncond->const_data_ptr()) + column : nullptr),
+        first_stride(cond.stride(0)),
+        second_stride(uncond ? uncond->stride(0) : 0) {}
+  const In* cond(int64_t row) const { return first + row * first_stride; }
+  const In* uncond(int64_t row) const { return second == nullptr ? nullptr : second + row * second_stride; }
+};
+
+// draw(i, scratch) for every i < count, on all threads.
+template <class T, class Draw>
+void for_rows(int64_t count, int64_t codes, const Draw& draw) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> scratch(2 * padded(codes));
-    for (int64_t i = begin; i < end; ++i) {
-      draw_one(first + i * first_stride, second == nullptr ? nullptr : second + i * second_stride, codes,
-               static_cast<uint32_t>(row[i]), options, scratch.data(), code_out + i, confidence_out + i);
-    }
+    for (int64_t i = begin; i < end; ++i) draw(i, scratch.data());
   });
+}
+
+// function(In(), T()) for the logits' dtype: In is read, T computes.
+template <class Function>
+void by_dtype(const Tensor& logits, const Function& function) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return function(float(), float());
+    case ScalarType::Double: return function(double(), double());
+    case ScalarType::BFloat16: return function(BFloat16(), float());
+    case ScalarType::Half: return function(Half(), float());
+    default: STD_TORCH_CHECK(false, "cond: expected a floating dtype");
+  }
 }
 
 void check_logits(const Tensor& logits, const Tensor& like, const char* name) {
@@ -48,30 +85,136 @@ void check_logits(const Tensor& logits, const Tensor& like, const char* name) {
                   name, ": expected logits [R, V] like cond, each row contiguous");
 }
 
+void check_words(const Tensor& rows, int64_t count, const Tensor& seed, const Tensor& offset) {
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.numel() == count && rows.is_contiguous(),
+                  "rows: expected int64, contiguous, one a position");
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed: expected one int64");
+  STD_TORCH_CHECK(offset.scalar_type() == ScalarType::Long && offset.numel() == 1, "offset: expected one int64");
+}
+
+DrawOptions draw_options(const Tensor& seed, const Tensor& offset, double guidance, double temperature, int64_t top_k,
+                         double top_p, const std::string& confidence) {
+  const Confidence kind = confidence == "log_prob"      ? Confidence::kLogProb
+                          : confidence == "neg_entropy" ? Confidence::kNegEntropy
+                                                        : Confidence::kMargin;
+  return {*seed.const_data_ptr<int64_t>(), *offset.const_data_ptr<int64_t>(), guidance, temperature, top_k, top_p,
+          kind};
+}
+
+ScalarType compute_dtype(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 std::tuple<Tensor, Tensor> draw_cpu(const Tensor& cond, std::optional<Tensor> uncond, const Tensor& rows,
                                     const Tensor& seed, const Tensor& offset, double guidance, double temperature,
                                     int64_t top_k, double top_p, std::string confidence) {
   check_logits(cond, cond, "cond");
   if (uncond) check_logits(*uncond, cond, "uncond");
-  STD_TORCH_CHECK(cond.size(1) > 0, "cond: expected a code at least");
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.numel() == cond.size(0) && rows.is_contiguous(),
-                  "rows: expected int64 [R], contiguous");
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed: expected one int64");
-  STD_TORCH_CHECK(offset.scalar_type() == ScalarType::Long && offset.numel() == 1, "offset: expected one int64");
-  const Confidence kind = confidence == "log_prob"      ? Confidence::kLogProb
-                          : confidence == "neg_entropy" ? Confidence::kNegEntropy
-                                                        : Confidence::kMargin;
-  const DrawOptions options{*seed.const_data_ptr<int64_t>(), *offset.const_data_ptr<int64_t>(), guidance, temperature,
-                            top_k, top_p, kind};
+  const int64_t codes = cond.size(1);
+  STD_TORCH_CHECK(codes > 0, "cond: expected a code at least");
+  check_words(rows, cond.size(0), seed, offset);
+  const DrawOptions options = draw_options(seed, offset, guidance, temperature, top_k, top_p, confidence);
   Tensor code = torch::stable::new_empty(rows, {rows.size(0)});
-  Tensor value = torch::stable::new_empty(cond, {rows.size(0)});
-  if (cond.scalar_type() == ScalarType::Double) {
-    draw_rows<double>(cond, uncond, rows, options, code, value);
-  } else {
-    STD_TORCH_CHECK(cond.scalar_type() == ScalarType::Float, "cond: expected float32 or float64");
-    draw_rows<float>(cond, uncond, rows, options, code, value);
-  }
+  Tensor value = torch::stable::new_empty(cond, {rows.size(0)}, compute_dtype(cond));
+  by_dtype(cond, [&](auto in, auto compute) {
+    using T = decltype(compute);
+    const Branches<decltype(in)> logits(cond, uncond, 0);
+    const int64_t* const row = rows.const_data_ptr<int64_t>();
+    int64_t* const code_out = code.mutable_data_ptr<int64_t>();
+    T* const value_out = value.mutable_data_ptr<T>();
+    for_rows<T>(cond.size(0), codes, [&](int64_t i, T* scratch) {
+      draw_one(logits.cond(i), logits.uncond(i), codes, static_cast<uint32_t>(row[i]), options, scratch, code_out + i,
+               value_out + i);
+    });
+  });
   return {code, value};
+}
+
+std::tuple<Tensor, Tensor> sample_logits_cpu(const Tensor& cond, std::optional<Tensor> uncond, const Tensor& ids,
+                                             const Tensor& unknown, const Tensor& rows, const Tensor& seed,
+                                             const Tensor& offset, int64_t first_code, int64_t codes, double guidance,
+                                             double temperature, int64_t top_k, double top_p, std::string confidence,
+                                             bool /*compact: known rows cost nothing here*/) {
+  check_logits(cond, cond, "cond");
+  if (guidance == 0) uncond.reset();
+  if (uncond) check_logits(*uncond, cond, "uncond");
+  STD_TORCH_CHECK(first_code >= 0 && codes > 0 && first_code + codes <= cond.size(1), "codes: expected columns of cond");
+  const int64_t count = cond.size(0);
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.numel() == count && ids.is_contiguous(),
+                  "ids: expected int64 [R], contiguous");
+  STD_TORCH_CHECK(unknown.scalar_type() == ScalarType::Bool && unknown.numel() == count && unknown.is_contiguous(),
+                  "unknown: expected bool [R], contiguous");
+  check_words(rows, count, seed, offset);
+  const DrawOptions options = draw_options(seed, offset, guidance, temperature, top_k, top_p, confidence);
+  Tensor out = torch::stable::new_empty(ids, {count});
+  Tensor value = torch::stable::new_empty(cond, {count}, compute_dtype(cond));
+  by_dtype(cond, [&](auto in, auto compute) {
+    using T = decltype(compute);
+    const Branches<decltype(in)> logits(cond, uncond, first_code);
+    const int64_t *const row = rows.const_data_ptr<int64_t>(), *const id = ids.const_data_ptr<int64_t>();
+    const bool* const drawn = unknown.const_data_ptr<bool>();
+    int64_t* const out_ids = out.mutable_data_ptr<int64_t>();
+    T* const out_value = value.mutable_data_ptr<T>();
+    std::vector<int64_t> index;
+    index.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+      out_ids[i] = id[i];
+      out_value[i] = std::numeric_limits<T>::infinity();
+      if (drawn[i]) index.push_back(i);
+    }
+    for_rows<T>(static_cast<int64_t>(index.size()), codes, [&](int64_t j, T* scratch) {
+      const int64_t i = index[j];
+      int64_t code = 0;
+      draw_one(logits.cond(i), logits.uncond(i), codes, static_cast<uint32_t>(row[i]), options, scratch, &code,
+               out_value + i);
+      if (code >= 0) out_ids[i] = first_code + code;
+    });
+  });
+  return {out, value};
+}
+
+template <class T>
+void remask_all(const Tensor& confidence, const Tensor& unknown, const Tensor& count, const Tensor& rows,
+                const RemaskOptions& options, Tensor& mask) {
+  const int64_t length = confidence.size(1);
+  const T* const value = confidence.const_data_ptr<T>();
+  const bool* const candidates = unknown.const_data_ptr<bool>();
+  const int64_t *const row = rows.const_data_ptr<int64_t>(), *const wanted = count.const_data_ptr<int64_t>();
+  bool* const out = mask.mutable_data_ptr<bool>();
+  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, length));
+  torch::stable::parallel_for(0, confidence.size(0), grain, [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(2 * length);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t at = b * length;
+      keys_of(value + at, candidates + at, row + at, length, options, scratch.data());
+      remask_row(scratch.data(), candidates + at, length, wanted[b], options.exact, scratch.data() + length, out + at);
+    }
+  });
+}
+
+Tensor remask_cpu(const Tensor& confidence, const Tensor& unknown, const Tensor& count, const Tensor& rows,
+                  const Tensor& seed, const Tensor& offset, const Tensor& temperature, std::string ties) {
+  STD_TORCH_CHECK(confidence.dim() == 2 && confidence.is_contiguous(), "confidence: expected [B, N], contiguous");
+  STD_TORCH_CHECK(unknown.scalar_type() == ScalarType::Bool && unknown.numel() == confidence.numel() &&
+                      unknown.is_contiguous(),
+                  "unknown: expected bool [B, N], contiguous");
+  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && count.numel() == confidence.size(0) &&
+                      count.is_contiguous(),
+                  "count: expected int64 [B], contiguous");
+  STD_TORCH_CHECK(temperature.scalar_type() == ScalarType::Float && temperature.numel() == 1,
+                  "temperature: expected one float32");
+  check_words(rows, confidence.numel(), seed, offset);
+  const RemaskOptions options{*seed.const_data_ptr<int64_t>(), *offset.const_data_ptr<int64_t>(),
+                              *temperature.const_data_ptr<float>(), ties == "index"};
+  Tensor mask = torch::stable::new_empty(unknown, {confidence.size(0), confidence.size(1)});
+  if (confidence.numel() == 0) return mask;
+  if (confidence.scalar_type() == ScalarType::Double) {
+    remask_all<double>(confidence, unknown, count, rows, options, mask);
+  } else {
+    STD_TORCH_CHECK(confidence.scalar_type() == ScalarType::Float, "confidence: expected float32 or float64");
+    remask_all<float>(confidence, unknown, count, rows, options, mask);
+  }
+  return mask;
 }
 
 }  // namespace
@@ -81,6 +224,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unif2ace_native, m) {
   m.def(
       "draw(Tensor cond, Tensor? uncond, Tensor rows, Tensor seed, Tensor offset, float guidance, float temperature, "
       "int top_k, float top_p, str confidence) -> (Tensor, Tensor)");
+  m.def(
+      "sample_logits(Tensor cond, Tensor? uncond, Tensor ids, Tensor unknown, Tensor rows, Tensor seed, Tensor offset, "
+      "int first_code, int codes, float guidance, float temperature, int top_k, float top_p, str confidence, "
+      "bool compact) -> (Tensor, Tensor)");
+  m.def(
+      "remask(Tensor confidence, Tensor unknown, Tensor count, Tensor rows, Tensor seed, Tensor offset, "
+      "Tensor temperature, str ties) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) { m.impl("draw", TORCH_BOX(&unif2ace::draw_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) {
+  m.impl("draw", TORCH_BOX(&unif2ace::draw_cpu));
+  m.impl("sample_logits", TORCH_BOX(&unif2ace::sample_logits_cpu));
+  m.impl("remask", TORCH_BOX(&unif2ace::remask_cpu));
+}

@@ -86,9 +86,7 @@ def test_a_code_that_a_branch_forbids_is_never_drawn(forbid, temperature):
     for name, logits in (("cond", cond), ("uncond", uncond)):
         if forbid in (name, "both"):
             logits[:, banned] = NEG
-    ids, logp = sample_from_logits(
-        cond, uncond, masked(512), MASK, guidance=3.0, temperature=temperature, seed=1
-    )
+    ids, logp = sample_from_logits(cond, uncond, masked(512), MASK, guidance=3.0, temperature=temperature, seed=1)
     assert not torch.isin(ids, banned).any()
     want = reference.log_confidence(reference.guide(cond, uncond, 3.0), ids)
     torch.testing.assert_close(logp.double(), want, rtol=0, atol=1e-5)
@@ -174,9 +172,7 @@ def test_ties_at_the_border_of_a_filter_stay_in():
 def test_confidence_is_log_p_of_the_guided_law_whatever_the_dtype(dtype):
     rng = torch.Generator().manual_seed(3)
     cond, uncond = (torch.randn(64, 1000, generator=rng).to(dtype) for _ in range(2))
-    ids, logp = sample_from_logits(
-        cond, uncond, masked(64), MASK, guidance=1.75, temperature=0.8, top_k=20, seed=3
-    )
+    ids, logp = sample_from_logits(cond, uncond, masked(64), MASK, guidance=1.75, temperature=0.8, top_k=20, seed=3)
     assert logp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     want = reference.log_confidence(reference.guide(cond, uncond, 1.75), ids)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -288,6 +284,42 @@ def test_the_compiled_draw_gives_the_ids_of_the_torch_draw(options, codes, dtype
             torch.testing.assert_close(native[1], plain[1], rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.skipif(EXTENSION_MISSING is not None, reason="extension not built")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width, first, codes", [(9, 0, 9), (1439, 414, 1024), (700, 3, 257)])
+def test_the_compiled_samplers_are_the_torch_ones(width, first, codes, dtype):
+    rows = 90
+    rng = torch.Generator().manual_seed(codes)
+    cond, uncond = (3 * torch.randn(rows, 2 * width, generator=rng)).to(dtype).split(width, 1)  # strided rows
+    ids, seed, offset = torch.randint(codes, (rows,), generator=rng), torch.tensor(3), torch.tensor(4)
+    unknown, row = torch.rand(rows, generator=rng) < 0.6, torch.randperm(rows, generator=rng)
+    for temperature, top_k, top_p, kind in (
+        (1.0, 0, 1.0, "log_prob"),
+        (0.0, 0, 1.0, "log_prob"),
+        (0.2, 0, 0.9, "margin"),
+        (3.0, 5, 0.8, "neg_entropy"),
+    ):
+        for guidance, second in ((0.0, None), (0.0, uncond), (2.5, uncond)):
+            shared = (ids, unknown, row, seed, offset, first, codes, guidance, temperature, top_k, top_p, kind, True)
+            native = torch.ops.unif2ace_native.sample_logits(cond, second, *shared)
+            plain = draw_torch.sample_logits(cond, second, *shared)
+            assert torch.equal(native[0], plain[0]) and native[1].dtype == plain[1].dtype
+            torch.testing.assert_close(native[1], plain[1], rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.skipif(EXTENSION_MISSING is not None, reason="extension not built")
+@pytest.mark.parametrize("spread", [0.0, 0.5, 6.0, 60.0])
+def test_codes_that_cannot_win_are_passed_over_alone(spread):
+    """The compiled draw computes a Gumbel number only where it may decide; every law's winners are those of all."""
+    rows, codes = 250, 1111
+    rng = torch.Generator().manual_seed(4)
+    cond = spread * torch.randn(rows, codes, generator=rng)
+    seed, offset, row = torch.tensor(8), torch.tensor(1), torch.arange(rows)
+    for temperature in (1.0, 0.25, 4.0):
+        arguments = (cond, None, row, seed, offset, 0.0, temperature, 0, 1.0, "log_prob")
+        assert torch.equal(torch.ops.unif2ace_native.draw(*arguments)[0], draw_torch.draw(*arguments)[0])
+
+
 def arguments_of_ops():
     rng = torch.Generator().manual_seed(0)
     ids = torch.tensor([99, 1, 99, 99, 2])
@@ -298,8 +330,10 @@ def arguments_of_ops():
         (ops.sample_logits.default, (*logits, *shared, "log_prob", True)),
         (ops.sample_logits.default, (logits[0].half(), None, *shared[:7], 0.0, *shared[8:], "margin", False)),
         (ops.sample_hidden.default, (*h, torch.randn(8, 6), torch.randn(8), *shared, "neg_entropy", True)),
-        (ops.sample_hidden.default, (h[0].double(), None, torch.randn(8, 6).double(), None, *shared[:7], 0.0,
-                                     *shared[8:], "log_prob", False)),
+        (
+            ops.sample_hidden.default,
+            (h[0].double(), None, torch.randn(8, 6).double(), None, *shared[:7], 0.0, *shared[8:], "log_prob", False),
+        ),
         (ops.draw.default, (*logits, *shared[2:5], *shared[7:], "log_prob")),
     ]
 
@@ -311,7 +345,8 @@ def test_opcheck(op, arguments):
 
 def test_explain_says_what_runs():
     assert explain("sample_hidden").implementation == "torch"
-    assert explain("draw").implementation == ("torch" if EXTENSION_MISSING else "c++")
+    for op in ("draw", "sample_logits", "remask"):
+        assert explain(op).implementation == ("torch" if EXTENSION_MISSING else "c++")
 
 
 BAD = [
@@ -359,8 +394,15 @@ def test_bad_arguments_are_named(name, change):
     ],
 )
 def test_bad_arguments_of_the_head_are_named(name, change):
-    good = {"h_cond": torch.zeros(3, 4), "h_uncond": None, "weight": torch.zeros(7, 4), "bias": torch.zeros(7),
-            "ids": masked(3), "mask_id": MASK, "seed": 0}
+    good = {
+        "h_cond": torch.zeros(3, 4),
+        "h_uncond": None,
+        "weight": torch.zeros(7, 4),
+        "bias": torch.zeros(7),
+        "ids": masked(3),
+        "mask_id": MASK,
+        "seed": 0,
+    }
     sample_from_hidden(**good)
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         sample_from_hidden(**{**good, **change})

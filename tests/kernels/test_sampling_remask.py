@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from unif2ace_kernels import _philox
-from unif2ace_kernels.sampling import reference, remask
+from unif2ace_kernels._library import EXTENSION_MISSING
+from unif2ace_kernels.sampling import draw_torch, reference, remask
 
 
 def case(rows=6, length=40, seed=0):
@@ -71,11 +72,51 @@ def test_the_noise_is_not_the_draws_and_moves_with_seed_and_offset():
     assert not torch.equal(masks[0], reference.lowest(token, unknown, torch.full((4,), 32)))
 
 
+def test_a_temperature_on_the_device_is_the_number():
+    confidence, unknown, count = case()
+    for temperature in (0.0, 0.3, 7.0):
+        as_tensor = torch.tensor([temperature])
+        for ties in ("index", "showo"):
+            options = {"seed": 2, "ties": ties}
+            want = remask(confidence, unknown, count, temperature, **options)
+            assert torch.equal(remask(confidence, unknown, count, as_tensor, **options), want)
+
+
+@pytest.mark.skipif(EXTENSION_MISSING is not None, reason="extension not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 256, 1023])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 80.0])
+def test_the_compiled_remask_is_the_torch_one_bit_for_bit(temperature, length, dtype):
+    rng = torch.Generator().manual_seed(length)
+    rows = 40
+    confidence = torch.randn(rows, length, generator=rng, dtype=dtype)
+    confidence[::2] = confidence[::2].round(decimals=1)  # ties
+    odd = torch.rand(rows, length, generator=rng)
+    for value, low in ((math.nan, 0.0), (math.inf, 0.05), (-math.inf, 0.1), (torch.finfo(dtype).max, 0.15)):
+        confidence[(odd >= low) & (odd < low + 0.05)] = value
+    unknown = torch.rand(rows, length, generator=rng) < torch.linspace(0, 1, rows)[:, None]
+    count = torch.randint(-2, length + 3, (rows,), generator=rng)
+    row = torch.randint(2**32, (rows, length), generator=rng)
+    words = torch.tensor(2**62 + 9), torch.tensor(2**32 + 3)
+    for ties in ("index", "showo"):
+        arguments = (confidence, unknown, count, row, *words, torch.tensor(temperature), ties)
+        assert torch.equal(torch.ops.unif2ace_native.remask(*arguments), draw_torch.remask(*arguments))
+
+
+def test_strides_do_not_matter_and_an_empty_batch_is_empty():
+    confidence, unknown, count = case()
+    want = remask(confidence, unknown, count, 0.5, seed=1)
+    turned = confidence.t().contiguous().t(), unknown.t().contiguous().t()
+    assert torch.equal(remask(*turned, torch.stack([count, count], 1)[:, 0], 0.5, seed=1), want)
+    assert remask(confidence[:0], unknown[:0], count[:0], 0.5, seed=1).shape == (0, 40)
+    assert remask(confidence[:, :0], unknown[:, :0], count, 0.0, seed=1).shape == (6, 0)
+
+
 def test_opcheck():
     confidence, unknown, count = case()
     row = torch.arange(confidence.numel()).view(confidence.shape)
     for ties in ("index", "showo"):
-        arguments = (confidence, unknown, count, row, torch.tensor(1), torch.tensor(2), 0.5, ties)
+        arguments = (confidence, unknown, count, row, torch.tensor(1), torch.tensor(2), torch.tensor(0.5), ties)
         torch.library.opcheck(torch.ops.unif2ace.remask.default, arguments)
 
 
@@ -89,6 +130,8 @@ def test_opcheck():
         ("count", {"count": torch.zeros(3, dtype=torch.int64)}),
         ("count", {"count": torch.zeros(2)}),
         ("temperature", {"temperature": -0.1}),
+        ("temperature", {"temperature": torch.zeros(1).double()}),
+        ("temperature", {"temperature": torch.zeros(2)}),
         ("ties", {"ties": "strict"}),
         ("rows", {"rows": torch.zeros(6, dtype=torch.int64)}),
         ("seed", {"seed": 2**63}),

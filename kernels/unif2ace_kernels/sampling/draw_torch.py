@@ -70,11 +70,12 @@ def draw(
     cond: Tensor, uncond: Tensor | None, rows: Tensor, seed: Tensor, offset: Tensor, guidance: float,
     temperature: float, top_k: int, top_p: float, confidence: str,
 ) -> tuple[Tensor, Tensor]:
-    """The op `draw`: (code [R] int64, confidence [R]) from logits [R, V], float32 or float64.
+    """The op `draw`: (code [R] int64, confidence [R]) from logits [R, V]; float64 for float64, else float32.
 
     A row whose largest guided logit is not finite has no distribution: code -1, confidence -inf.
     """
-    logits = guide(cond, uncond, guidance)
+    dtype = compute_dtype(cond.dtype)
+    logits = guide(cond.to(dtype), None if uncond is None else uncond.to(dtype), guidance)
     peak = logits.amax(-1, keepdim=True)
     shifted = logits - peak
     score = shifted
@@ -90,18 +91,23 @@ def draw(
 
 def _sample_rows(
     branches_of: Callable[[Tensor], tuple[Tensor, Tensor | None]], ids: Tensor, unknown: Tensor, rows: Tensor,
-    seed: Tensor, offset: Tensor, first_code: int, compact: bool, dtype: torch.dtype, tile_rows: int,
-    draw_arguments: tuple,
+    seed: Tensor, offset: Tensor, first_code: int, compact: bool, tile_rows: int, draw_arguments: tuple,
 ) -> tuple[Tensor, Tensor]:
     """Draw tile by tile; `branches_of(index)` gives the logits of the code columns at the rows of `index`."""
-    out_ids = ids.clone()
-    out_confidence = torch.full(ids.shape, float("inf"), dtype=dtype, device=ids.device)
-    index = unknown.nonzero()[:, 0] if compact else torch.arange(len(ids), device=ids.device)
-    for tile in index.split(tile_rows):
-        code, value = torch.ops.unif2ace.draw(*branches_of(tile), rows[tile], seed, offset, *draw_arguments)
-        out_ids[tile] = torch.where(unknown[tile] & (code >= 0), code + first_code, ids[tile])
-        out_confidence[tile] = value.masked_fill(~unknown[tile], float("inf"))
-    return out_ids, out_confidence
+    if compact and ids.device.type == "cpu":
+        index = unknown.nonzero()[:, 0]
+    else:  # on a GPU finding them would wait for the device
+        index = torch.arange(len(ids), device=ids.device)
+    tiles = [
+        torch.ops.unif2ace.draw(*branches_of(tile), rows[tile], seed, offset, *draw_arguments)
+        for tile in index.split(tile_rows)
+    ]
+    code, value = (torch.cat(each) for each in zip(*tiles))
+    drawn = unknown[index]
+    out_confidence = torch.full(ids.shape, float("inf"), dtype=value.dtype, device=ids.device)
+    out_confidence.index_copy_(0, index, value.masked_fill(~drawn, float("inf")))
+    kept = ids[index]
+    return ids.index_copy(0, index, torch.where(drawn & (code >= 0), code + first_code, kept)), out_confidence
 
 
 def sample_logits(
@@ -110,17 +116,14 @@ def sample_logits(
     compact: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op `sample_logits`; see ops.py."""
-    dtype = compute_dtype(cond.dtype)
     window = slice(first_code, first_code + codes)
-    tile_rows = _tile_rows(ids.device, codes)
 
     def branches_of(index: Tensor) -> tuple[Tensor, Tensor | None]:
-        if uncond is None or guidance == 0:
-            return cond[index, window].to(dtype), None
-        return cond[index, window].to(dtype), uncond[index, window].to(dtype)
+        return cond[index, window], None if uncond is None or guidance == 0 else uncond[index, window]
 
     arguments = (guidance, temperature, top_k, top_p, confidence)
-    return _sample_rows(branches_of, ids, unknown, rows, seed, offset, first_code, compact, dtype, tile_rows, arguments)
+    tile_rows = _tile_rows(ids.device, codes)
+    return _sample_rows(branches_of, ids, unknown, rows, seed, offset, first_code, compact, tile_rows, arguments)
 
 
 def sample_hidden(
@@ -139,22 +142,22 @@ def sample_hidden(
         if h_uncond is not None and guidance != 0:
             hidden = (1 + guidance) * hidden - guidance * h_uncond[index].to(dtype)
         hidden = torch.nn.functional.pad(hidden.to(weight.dtype), (0, 0, 0, tile_rows - len(index)))
-        return torch.nn.functional.linear(hidden, weight, bias)[: len(index)].to(dtype), None
+        return torch.nn.functional.linear(hidden, weight, bias)[: len(index)], None
 
     arguments = (0.0, temperature, top_k, top_p, confidence)
-    return _sample_rows(branches_of, ids, unknown, rows, seed, offset, first_code, compact, dtype, tile_rows, arguments)
+    return _sample_rows(branches_of, ids, unknown, rows, seed, offset, first_code, compact, tile_rows, arguments)
 
 
 def remask(
     confidence: Tensor, unknown: Tensor, count: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
-    temperature: float, ties: str,
+    temperature: Tensor, ties: str,
 ) -> Tensor:
     """The op `remask`; see ops.py."""
     # A position without a distribution is forgotten first; a confidence of +inf still ranks below a known token's.
     largest = torch.finfo(confidence.dtype).max
     confidence = confidence.nan_to_num(nan=float("-inf"), posinf=largest, neginf=float("-inf"))
-    if temperature > 0:
-        confidence = confidence + temperature * gumbel(words_at(seed, offset, rows, 0, REMASK_STREAM))
+    noise = gumbel(words_at(seed, offset, rows, 0, REMASK_STREAM)).view(confidence.shape)
+    confidence = confidence + temperature * noise
     confidence = confidence.clamp(max=largest).masked_fill(~unknown, float("inf"))
     if ties == "showo":
         cut = confidence.sort(-1).values.gather(-1, count.clamp(0, confidence.shape[-1] - 1)[:, None])

@@ -34,10 +34,10 @@ def _fake_sample_hidden(h_cond, h_uncond, weight, bias, ids, *_):
 
 
 def _fake_draw(cond, uncond, rows, *_):
-    return torch.empty_like(rows), cond.new_empty(rows.shape)
+    return torch.empty_like(rows), cond.new_empty(rows.shape, dtype=draw_torch.compute_dtype(cond.dtype))
 
 
-# The inner op of the two samplers: a tile of rows, their code columns only, already in float32 or float64.
+# The inner op of the two samplers: a tile of rows, their code columns only.
 _draw = register(
     "draw(Tensor cond, Tensor? uncond, Tensor rows, Tensor seed, Tensor offset, float guidance, float temperature, "
     "int top_k, float top_p, str confidence) -> (Tensor, Tensor)",
@@ -46,7 +46,7 @@ _draw = register(
 )
 _sample_logits = register(
     f"sample_logits(Tensor cond, Tensor? uncond, {_DRAW}",
-    implementations=[Implementation("torch", _TORCH, draw_torch.sample_logits)],
+    implementations=[compiled("sample_logits", "cpu"), Implementation("torch", _TORCH, draw_torch.sample_logits)],
     fake=_fake_sample_logits,
 )
 _sample_hidden = register(
@@ -56,8 +56,8 @@ _sample_hidden = register(
 )
 _remask = register(
     "remask(Tensor confidence, Tensor unknown, Tensor count, Tensor rows, Tensor seed, Tensor offset, "
-    "float temperature, str ties) -> Tensor",
-    implementations=[Implementation("torch", _TORCH, draw_torch.remask)],
+    "Tensor temperature, str ties) -> Tensor",
+    implementations=[compiled("remask", "cpu"), Implementation("torch", _TORCH, draw_torch.remask)],
     fake=lambda confidence, unknown, *_: torch.empty_like(unknown),
 )
 
@@ -78,7 +78,7 @@ def _rows(rows: Tensor | None, like: Tensor, name: str) -> Tensor:
     if rows is None:
         return torch.arange(like.numel(), device=like.device)
     expect_tensor(rows, "rows", shape=like.shape, dtypes=[torch.int64], device_of=(name, like))
-    return rows.reshape(-1)
+    return rows.reshape(-1).contiguous()
 
 
 def _draw_arguments(ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p,
@@ -98,7 +98,7 @@ def _draw_arguments(ids, mask_id, unknown, rows, seed, offset, code_range, guida
         unknown = ids == mask_id
     expect_tensor(unknown, "unknown", shape=ids.shape, dtypes=[torch.bool], device_of=("ids", ids))
     return (
-        ids.reshape(-1), unknown.reshape(-1), _rows(rows, ids, "ids"), _word(seed, "seed", ids.device),
+        ids.reshape(-1).contiguous(), unknown.reshape(-1).contiguous(), _rows(rows, ids, "ids"), _word(seed, "seed", ids.device),
         _word(offset, "offset", ids.device), first, stop - first, float(guidance), float(temperature), top_k,
         float(top_p), confidence, compact,
     )
@@ -106,7 +106,8 @@ def _draw_arguments(ids, mask_id, unknown, rows, seed, offset, code_range, guida
 
 def _same_leading(value: Tensor, argument: str, ids: Tensor, last: int | str) -> Tensor:
     expect_tensor(value, argument, shape=(*ids.shape, last), dtypes=_FLOATS, device_of=("ids", ids))
-    return value.reshape(-1, value.shape[-1])
+    value = value.reshape(-1, value.shape[-1])
+    return value if value.stride(-1) == 1 else value.contiguous()
 
 
 def sample_from_logits(
@@ -211,8 +212,8 @@ def sample_from_hidden(
 
 
 def remask(
-    confidence: Tensor, unknown: Tensor, count: Tensor | int, temperature: float = 0.0, *, seed: Tensor | int,
-    offset: Tensor | int = 0, ties: str = "index", rows: Tensor | None = None,
+    confidence: Tensor, unknown: Tensor, count: Tensor | int, temperature: Tensor | float = 0.0, *,
+    seed: Tensor | int, offset: Tensor | int = 0, ties: str = "index", rows: Tensor | None = None,
 ) -> Tensor:
     """The positions to mask again: in each sample, the `count` least confident of the unknown ones.
 
@@ -224,7 +225,8 @@ def remask(
         unknown: [B, N] bool: the positions that may be masked. The others never are.
         count: [B] int64 or an int: how many; a count above a sample's unknown positions takes them all, one below
             zero takes none.
-        temperature: of the noise; 0 ranks by confidence alone.
+        temperature: of the noise; 0 ranks by confidence alone. A number, or a float32 tensor of one element on the
+            device, finite and >= 0, which is not read on the host (so that a captured graph may change it).
         seed, offset: as in `sample_from_logits`.
         ties: "index" masks exactly `count`, the lower index first among equals; "showo" masks what is strictly
             below the value of rank `count` (from 0) in its sample, so equals at the cut all stay unmasked.
@@ -241,11 +243,19 @@ def remask(
     expect_tensor(confidence, "confidence", shape=("B", "N"), dtypes=[torch.float32, torch.float64])
     device_of = ("confidence", confidence)
     expect_tensor(unknown, "unknown", shape=confidence.shape, dtypes=[torch.bool], device_of=device_of)
-    expect(0 <= temperature < float("inf"), "temperature", "a finite number >= 0", temperature)
+    if isinstance(temperature, Tensor):
+        expect_tensor(temperature, "temperature", dtypes=[torch.float32], device_of=device_of)
+        expect(temperature.numel() == 1, "temperature", "one element", f"shape {list(temperature.shape)}")
+        temperature = temperature.reshape(())
+    else:
+        expect(0 <= temperature < float("inf"), "temperature", "a finite number >= 0", temperature)
+        temperature = torch.tensor(temperature, dtype=torch.float32, device=confidence.device)
     expect_choice(ties, "ties", TIES)
     if isinstance(count, int):
         count = torch.full(confidence.shape[:1], count, device=confidence.device)
     expect_tensor(count, "count", shape=confidence.shape[:1], dtypes=[torch.int64], device_of=device_of)
     rows = _rows(rows, confidence, "confidence").view(confidence.shape)
     seed, offset = _word(seed, "seed", confidence.device), _word(offset, "offset", confidence.device)
-    return _remask(confidence, unknown, count, rows, seed, offset, float(temperature), ties)
+    return _remask(
+        confidence.contiguous(), unknown.contiguous(), count.contiguous(), rows, seed, offset, temperature, ties
+    )
