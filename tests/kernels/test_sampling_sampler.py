@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unif2ace_kernels import _philox
-from unif2ace_kernels.sampling import MaskedDiffusionSampler, reference
+from unif2ace_kernels.sampling import MaskedDiffusionSampler, draw_torch, reference
 
 MASK = 40
 
@@ -42,8 +42,12 @@ def test_counts_follow_the_schedule(schedule, policy):
     ids[1, :12], ids[2] = 5, 6
     sampler = MaskedDiffusionSampler(step_fn, 6, MASK, head=head, schedule=schedule, policy=policy, guidance=1.0)
     out, steps = run(sampler, ids, seed=1)
-    share = {"cosine": lambda r: math.cos(math.pi * r / 2), "linear": lambda r: 1 - r, "square": lambda r: 1 - r * r,
-             "cubic": lambda r: 1 - r**3}.get(schedule, schedule)
+    share = {
+        "cosine": lambda r: math.cos(math.pi * r / 2),
+        "linear": lambda r: 1 - r,
+        "square": lambda r: 1 - r * r,
+        "cubic": lambda r: 1 - r**3,
+    }.get(schedule, schedule)
     want = [[math.floor(m * share((s + 1) / 6) + 1e-6) for m in (48, 36, 0)] for s in range(6)]
     assert [(step.ids == MASK).sum(-1).tolist() for step in steps] == want
     assert (out < MASK).all() and (ids[0] == MASK).all()
@@ -218,9 +222,7 @@ def test_showo_parity_at_every_step(steps, temperature):
     ids[1, 5:20] = 3  # in-painting
     ids[2] = 7  # a complete row
     ids[3, 1:] = 9  # one unknown token
-    sampler = MaskedDiffusionSampler.showo(
-        logits_fn, steps, MASK, guidance=1.75, remask_temperature=temperature
-    )
+    sampler = MaskedDiffusionSampler.showo(logits_fn, steps, MASK, guidance=1.75, remask_temperature=temperature)
     out, seen = run(sampler, ids, seed=21)
     expected = list(published_showo(logits_fn, ids, steps, 1.75, temperature, 21))
     assert len(seen) == len(expected) == steps
@@ -261,9 +263,7 @@ def test_each_quirk_by_its_name():
     ids[0, 10:] = 4
     finished = MaskedDiffusionSampler(unsure, 5, MASK, known="keep", remask_temperature=50.0)(ids)
     assert torch.equal(finished[0, 10:], ids[0, 10:])
-    changed = MaskedDiffusionSampler(
-        unsure, 5, MASK, known="showo", counts="showo", remask_temperature=50.0
-    )(ids)
+    changed = MaskedDiffusionSampler(unsure, 5, MASK, known="showo", counts="showo", remask_temperature=50.0)(ids)
     assert not torch.equal(changed[0, 10:], ids[0, 10:])
 
 
@@ -271,10 +271,14 @@ def test_the_confidence_floor_of_showo():
     sampler = MaskedDiffusionSampler(lambda ids, step: None, 2, MASK, remask_temperature=0.0, confidence_floor="showo")
     confidence = torch.tensor([[-60.0, -80.0, -1.0, -0.5]])
     unknown = torch.ones(1, 4, dtype=torch.bool)
-    arguments = (0, unknown, torch.tensor([2]), confidence, 0, 0, torch.arange(4).view(1, 4))
-    assert sampler._masked(*arguments).tolist() == [[True, False, False, False]]  # floored: equal, so by index
+
+    def masked(sampler):
+        run = sampler.begin(torch.full((1, 4), MASK), None, 0, 0)._replace(at_start=torch.tensor([2]))
+        return sampler._masked(0, unknown, confidence, run).tolist()
+
+    assert masked(sampler) == [[True, False, False, False]]  # floored: equal, so by index
     plain = MaskedDiffusionSampler(lambda ids, step: None, 2, MASK, remask_temperature=0.0)
-    assert plain._masked(*arguments).tolist() == [[False, True, False, False]]
+    assert masked(plain) == [[False, True, False, False]]
 
 
 def test_one_step_is_the_reference_step():
@@ -285,14 +289,31 @@ def test_one_step_is_the_reference_step():
     row = torch.arange(96).view(2, 48)
     count = torch.tensor([math.floor(48 * math.cos(math.pi / 8)), math.floor(42 * math.cos(math.pi / 8))])
     sample, mask = reference.step(
-        *branches, ids, mask_id=MASK, first_code=4, codes=30, guidance=1.5, temperature=0.9, count=count,
+        *branches,
+        ids,
+        mask_id=MASK,
+        first_code=4,
+        codes=30,
+        guidance=1.5,
+        temperature=0.9,
+        count=count,
         remask_temperature=2.0 * 3 / 4,
         race=(-_philox.gumbel(_philox.random_words(8, 0, row.view(-1), 30, 0)).double()).exp().view(2, 48, 30),
         noise=_philox.gumbel(_philox.words_at(8, 0, row, 0, _philox.REMASK_STREAM)),
     )
     first = run(
-        MaskedDiffusionSampler(step_fn, 4, MASK, head=(weight, bias), guidance=1.5, temperature=0.9,
-                               code_range=(4, 34), remask_temperature=2.0), ids, seed=8,
+        MaskedDiffusionSampler(
+            step_fn,
+            4,
+            MASK,
+            head=(weight, bias),
+            guidance=1.5,
+            temperature=0.9,
+            code_range=(4, 34),
+            remask_temperature=2.0,
+        ),
+        ids,
+        seed=8,
     )[1][0]
     assert torch.equal(first.sample, sample)
     assert torch.equal(first.ids, torch.where(mask, MASK, sample))
@@ -329,3 +350,246 @@ def test_bad_ids_are_named():
     for ids in (torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3)):
         with pytest.raises(ValueError, match="^ids: expected"):
             sampler(ids)
+
+
+# ------------------------------------------------------------------------------------ texts, as LLaDA and Dream do it
+
+
+def text_model(vocabulary=30, hidden=16, longest=24, seed=2):
+    """Logits [B, N, vocabulary] of a bidirectional text model: a token sees its neighbours and where it is."""
+    rng = torch.Generator().manual_seed(seed)
+    embed, place = torch.randn(vocabulary + 2, hidden, generator=rng), torch.randn(longest, hidden, generator=rng)
+    out = torch.randn(hidden, vocabulary, generator=rng) / 2
+
+    def step_fn(ids, step):
+        h = embed[ids]
+        h = h + h.roll(1, 1) + h.roll(-1, 1) + place[: ids.shape[1]]
+        return (h.tanh() @ out).double()
+
+    return step_fn
+
+
+TEXT_PAD, TEXT_MASK = 30, 31
+
+
+def texts():
+    """Prompts of 3, 5 and 2 tokens, answers of 12, 8 and 16 to be written, padding after them."""
+    ids = torch.full((3, 24), TEXT_PAD)
+    for row, (prompt, answer) in enumerate(((3, 12), (5, 8), (2, 16))):
+        ids[row, :prompt], ids[row, prompt : prompt + answer] = 7 + row, TEXT_MASK
+    return ids
+
+
+def published_llada(step_fn, ids, steps):
+    """LLaDA's `generate` in one block, greedy, low-confidence remasking, by row: an equal number of tokens a step."""
+    ids = ids.clone()
+    transfer = (ids == TEXT_MASK).sum(-1) // steps
+    for step in range(steps):
+        probabilities = step_fn(ids, step).softmax(-1)
+        confidence, drawn = probabilities.max(-1)
+        confidence = torch.where(ids == TEXT_MASK, confidence, -math.inf)
+        for row in range(len(ids)):
+            chosen = confidence[row].topk(int(transfer[row])).indices
+            ids[row, chosen] = drawn[row, chosen]
+        yield ids.clone()
+
+
+def test_a_text_model_writes_answers_of_several_lengths_as_llada_does():
+    sampler = MaskedDiffusionSampler(
+        text_model(), 4, TEXT_MASK, schedule="linear", temperature=0.0, remask_temperature=0.0
+    )
+    out, steps = run(sampler, texts())
+    want = list(published_llada(text_model(), texts(), 4))
+    assert all(torch.equal(step.ids, ids) for step, ids in zip(steps, want, strict=True))
+    assert torch.equal(out, want[-1]) and torch.equal(out[texts() != TEXT_MASK], texts()[texts() != TEXT_MASK])
+
+
+@pytest.mark.parametrize("policy", ["confidence", "entropy", "margin", "random"])
+def test_a_text_does_not_depend_on_its_padding_or_its_neighbours(policy):
+    def step_fn(ids, step):  # a model that does not look at padding
+        return text_model()(ids.masked_fill(ids == TEXT_PAD, 0), step)
+
+    sampler = MaskedDiffusionSampler(step_fn, 5, TEXT_MASK, policy=policy, temperature=0.7, top_p=0.9)
+    rows = torch.arange(72).view(3, 24)
+    whole = sampler(texts(), seed=3, rows=rows)
+    assert torch.equal(sampler(texts()[1:2], seed=3, rows=rows[1:2])[0], whole[1])
+
+
+def test_block_by_block_with_a_token_that_stands_for_later_blocks():
+    """Semi-autoregressive decoding: what a later block holds is masked to the model, but not to be drawn yet."""
+    later = 99
+    seen = []
+
+    def step_fn(ids, step):
+        seen.append((ids == later).sum().item())
+        return text_model()(ids.masked_fill(ids == later, TEXT_MASK), step)
+
+    sampler = MaskedDiffusionSampler(step_fn, 4, TEXT_MASK, schedule="linear", remask_temperature=0.0)
+    ids = torch.full((2, 24), later)
+    ids[:, :4] = 9
+    for block, start in enumerate(range(4, 24, 10)):
+        ids[:, start : start + 10] = TEXT_MASK
+        ids = sampler(ids, seed=1, offset=4 * block)
+    assert (ids < 30).all() and (ids[:, :4] == 9).all() and seen[0] == 20 and seen[-1] == 0
+
+
+# ------------------------------------------------------------------------------------------------- steps on a device
+
+
+SETTINGS = {
+    "default": {},
+    "entropy": {"policy": "entropy"},
+    "margin": {"policy": "margin"},
+    "random": {"policy": "random"},
+    "Show-o": dict.fromkeys(("temperature_mode", "ties", "known", "counts", "last_step", "confidence_floor"), "showo"),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_step_number_on_the_device_is_the_step(settings):
+    step_fn, head = model()
+    sampler = MaskedDiffusionSampler(lambda ids, step: step_fn(ids, 0), 5, MASK, head=head, guidance=1.0, **settings)
+    ids = batch()
+    ids[1, 5:20] = 3
+    numbered, steps = run(sampler, ids, seed=4, offset=9)
+    tables = sampler.begin(ids, None, 4, 9)
+    for step, want in enumerate(steps):
+        ids, sample, confidence = sampler.advance(ids, torch.tensor(step), tables)
+        assert torch.equal(ids, want.ids) and torch.equal(sample, want.sample)
+        assert torch.equal(confidence, want.confidence)
+    assert torch.equal(sample, numbered)
+
+
+class NothingOnTheHost(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a tensor of the host takes part: on a GPU it would be copied there, which no graph can hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+            assert not (isinstance(each, torch.Tensor) and each.device.type == "cpu"), func
+        return out
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_step_reads_nothing_from_the_device_and_copies_nothing_to_it(settings, head):
+    """Tensors of the device "meta" have no data: what reads one, or asks how many are masked, raises."""
+    weight = torch.empty(40, 24, device="meta"), torch.empty(40, device="meta")
+
+    def step_fn(ids, step):
+        return tuple(torch.empty(*ids.shape, 24 if head else 40, device="meta") for _ in range(2))
+
+    sampler = MaskedDiffusionSampler(
+        step_fn, 5, MASK, head=weight if head else None, guidance=1.0, top_p=0.9, **settings
+    )
+    tables = sampler.begin(batch(), None, 4, 9)
+    tables = type(tables)(*(each.to("meta") for each in tables))
+    start = batch().to("meta")
+    for step in (1, torch.empty((), dtype=torch.int64, device="meta")):
+        with NothingOnTheHost():
+            ids, sample, confidence = sampler.advance(start, step, tables)
+        assert ids.shape == sample.shape == confidence.shape == (3, 48)
+
+
+@pytest.mark.parametrize("ties", ["index", "showo"])
+def test_the_torch_ops_neither_read_nor_copy(ties):
+    """As above for the op bodies, which run on a GPU where no kernel does."""
+    on_meta = {"device": "meta"}
+    ids, words = torch.empty(6, dtype=torch.int64, **on_meta), [torch.empty((), dtype=torch.int64, **on_meta)] * 2
+    unknown, logits = torch.empty(6, dtype=torch.bool, **on_meta), torch.empty(2, 6, 9, **on_meta)
+    draw = (0.7, 3, 0.9, "log_prob")
+    with NothingOnTheHost():
+        draw_torch.draw(*logits, ids, *words, 1.5, *draw)
+        draw_torch.sample_logits(*logits, ids, unknown, ids, *words, 1, 7, 1.5, *draw, True)
+        head = torch.empty(9, 4, **on_meta), torch.empty(9, **on_meta)
+        draw_torch.sample_hidden(*logits[..., :4], *head, ids, unknown, ids, *words, 1, 7, 1.5, *draw, True)
+        pairs = [each.view(2, 3) for each in (logits[0, :, 0].contiguous(), unknown, ids)]
+        temperature, count = torch.empty((), **on_meta), torch.empty(2, dtype=torch.int64, **on_meta)
+        draw_torch.remask(*pairs[:2], count, pairs[2], *words, temperature, ties)
+
+
+def test_a_loop_that_must_end_early_knows_it_without_looking():
+    def sampler(**fields):
+        return MaskedDiffusionSampler(lambda ids, step: None, 50, MASK, **fields)
+
+    assert sampler().steps_at_most(3) == 3 and sampler().steps_at_most(1) == 1
+    assert sampler(policy="random").steps_at_most(3) == sampler(known="showo").steps_at_most(3) == 50
+    assert MaskedDiffusionSampler(lambda ids, step: None, 4, MASK).steps_at_most(48) == 4
+
+
+def test_a_graph_needs_a_cuda_device():
+    with pytest.raises(ValueError, match="^cuda_graph: expected False .* got True on cpu"):
+        MaskedDiffusionSampler(lambda ids, step: None, 2, MASK, cuda_graph=True)(batch())
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def cuda_sampler(**settings):
+    """Its model reads no tensor of the host."""
+    rng = torch.Generator().manual_seed(0)
+    embed, place, weight = (torch.randn(size, 24, generator=rng).cuda() for size in (41, 48, 40))
+
+    def step_fn(ids, step):
+        h = embed[ids] + place
+        return h + h.mean(1, keepdim=True), h
+
+    return MaskedDiffusionSampler(step_fn, 6, MASK, head=(weight / 3, weight[:, 0] + 0), guidance=1.0, **settings)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_on_cuda_no_step_waits_and_a_graph_is_the_loop(settings):
+    eager, graph = cuda_sampler(**settings), cuda_sampler(**settings, cuda_graph=True)
+    ids = batch().cuda()
+    ids[1, 5:20] = 3
+    tables = eager.begin(ids, None, 4, 9)
+    eager.advance(ids, 0, tables)  # what compiles or loads does so here
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        state = ids
+        for step in range(6):
+            state, sample, _ = eager.advance(state, step, tables)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want, steps = run(eager, ids, seed=4, offset=9)
+    assert torch.equal(sample, want)
+    got, replayed = run(graph, ids, seed=4, offset=9)
+    assert torch.equal(got, want)
+    for left, right in zip(replayed, steps, strict=True):
+        assert torch.equal(left.ids, right.ids) and torch.equal(left.confidence, right.confidence)
+    # The same graph for another seed, other known tokens and other rows.
+    others = torch.full_like(ids, MASK)
+    rows = torch.arange(1000, 1000 + ids.numel(), device="cuda").view(ids.shape)
+    arguments = {"seed": torch.tensor(77, device="cuda"), "offset": 3, "rows": rows}
+    assert torch.equal(graph(others, **arguments), eager(others, **arguments))
+    assert len(graph._graphs) == 1
+    assert torch.equal(graph(ids[:1], seed=4), eager(ids[:1], seed=4)) and len(graph._graphs) == 2
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_on_cuda_the_ids_are_those_of_the_cpu():
+    logits = torch.randn(2, 3, 48, 40, generator=torch.Generator().manual_seed(6))
+
+    def sample(device):
+        on_device = logits.to(device)
+        sampler = MaskedDiffusionSampler(
+            lambda ids, step: tuple(on_device), 6, MASK, guidance=1.5, policy="random", top_p=0.9
+        )
+        return sampler(batch().to(device), seed=12).cpu()
+
+    assert torch.equal(sample("cuda"), sample("cpu"))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_step_function_that_waits_cannot_be_captured():
+    def waits(ids, step):
+        return torch.zeros(*ids.shape, 40, device="cuda") + float((ids == MASK).sum())
+
+    with pytest.raises(ValueError, match="^step_fn: expected one that a CUDA graph can hold"):
+        MaskedDiffusionSampler(waits, 3, MASK, cuda_graph=True)(batch().cuda())
+    assert MaskedDiffusionSampler(waits, 3, MASK)(batch().cuda()).shape == (3, 48)

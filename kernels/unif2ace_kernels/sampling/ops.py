@@ -62,7 +62,7 @@ _remask = register(
 )
 
 
-def _word(value: Tensor | int, argument: str, device: torch.device) -> Tensor:
+def word(value: Tensor | int, argument: str, device: torch.device) -> Tensor:
     """`value` as an int64 tensor without dimensions; a tensor is not read, so that a graph can hold it."""
     if isinstance(value, Tensor):
         expect_tensor(value, argument, dtypes=[torch.int64])
@@ -98,9 +98,9 @@ def _draw_arguments(ids, mask_id, unknown, rows, seed, offset, code_range, guida
         unknown = ids == mask_id
     expect_tensor(unknown, "unknown", shape=ids.shape, dtypes=[torch.bool], device_of=("ids", ids))
     return (
-        ids.reshape(-1).contiguous(), unknown.reshape(-1).contiguous(), _rows(rows, ids, "ids"), _word(seed, "seed", ids.device),
-        _word(offset, "offset", ids.device), first, stop - first, float(guidance), float(temperature), top_k,
-        float(top_p), confidence, compact,
+        ids.reshape(-1).contiguous(), unknown.reshape(-1).contiguous(), _rows(rows, ids, "ids"),
+        word(seed, "seed", ids.device), word(offset, "offset", ids.device), first, stop - first, float(guidance),
+        float(temperature), top_k, float(top_p), confidence, compact,
     )
 
 
@@ -255,7 +255,7 @@ def remask(
         count = torch.full(confidence.shape[:1], count, device=confidence.device)
     expect_tensor(count, "count", shape=confidence.shape[:1], dtypes=[torch.int64], device_of=device_of)
     rows = _rows(rows, confidence, "confidence").view(confidence.shape)
-    seed, offset = _word(seed, "seed", confidence.device), _word(offset, "offset", confidence.device)
+    seed, offset = word(seed, "seed", confidence.device), word(offset, "offset", confidence.device)
     return _remask(
         confidence.contiguous(), unknown.contiguous(), count.contiguous(), rows, seed, offset, temperature, ties
     )

@@ -6,6 +6,8 @@ Design choices
 - The defaults do what MaskGIT's paper says. Where public code departs from it, the departure has a name, a field of
   `MaskedDiffusionSampler`; `MaskedDiffusionSampler.showo` sets them all, which reproduces Show-o step for step.
 - Tokens that are given are never changed, unless `known="showo"` asks for it.
+- On a GPU the host never waits inside the loop: what changes from step to step is looked up on the device, in tables
+  that are made before it. So one captured step can be replayed for all (`cuda_graph`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .._checks import expect, expect_choice, expect_tensor
 from .._philox import REMASK_STREAM, uniform, words_at
-from .ops import remask, sample_from_hidden, sample_from_logits
+from .graph import StepGraph
+from .ops import remask, sample_from_hidden, sample_from_logits, word
 
 Tensor = torch.Tensor
 
@@ -55,14 +58,45 @@ class Step:
     confidence: Tensor
 
 
+class Run(NamedTuple):
+    """What every step of one call shares, tensors on the device of the ids.
+
+    Attributes:
+        rows: [B, N] global row indices. seed, offset: int64, no dimensions; offset is the first step's.
+        at_start: [B] masked tokens before the first step.
+        temperature: [T] float32 of the noise on the confidences at each step.
+        share: [T + 1] float64 of the tokens masked when that many steps are done. stays: [T], the chance that a
+            masked token stays masked at each step of the policy "random".
+        wanted: [T] int64, tokens to mask after each step by Show-o's count.
+        again: [T] int64, 0 where a step is the last and masks none.
+    """
+
+    rows: Tensor
+    seed: Tensor
+    offset: Tensor
+    at_start: Tensor
+    temperature: Tensor
+    share: Tensor
+    stays: Tensor
+    wanted: Tensor
+    again: Tensor
+
+
+def _at(table: Tensor, step: Tensor | int) -> Tensor:
+    """table[step] without dimensions; a step on the device is not read by the host."""
+    return table[step] if isinstance(step, int) else table.index_select(0, step.reshape(1))[0]
+
+
 @dataclass(frozen=True)
 class MaskedDiffusionSampler:
-    """Sample image tokens from a masked-diffusion model.
+    """Sample the masked tokens of images, or of texts, from a masked-diffusion model.
 
     Attributes:
         step_fn: ``step_fn(ids [B, N], step)`` gives the two branches ``(cond, uncond)``, or one tensor: hidden
-            states [B, N, D] where `head` is given, else logits [B, N, V]. uncond may be None at guidance 0.
-        steps: T, the number of model calls at most (the loop ends early when no token is left to draw).
+            states [B, N, D] where `head` is given, else logits [B, N, V]. uncond may be None at guidance 0. `step`
+            is an int, or with `cuda_graph` an int64 tensor without dimensions.
+        steps: T, the number of model calls at most (the loop ends early when no token can be left to draw; on the
+            CPU, where looking at the ids costs nothing, when none is).
         mask_id: the id of a masked position.
         head: (weight [V, D], bias [V] or None) of the linear head, or None when `step_fn` gives logits.
         code_range: (first, stop), the head's columns that are image codes; all of them when None.
@@ -85,6 +119,9 @@ class MaskedDiffusionSampler:
             most one less than it has now, at least one.
         last_step: "finish" masks none after the last step; "showo" masks again, then returns the whole prediction.
         confidence_floor: "none", or "showo": log p is not below log(1e-20).
+        cuda_graph: capture a step as a CUDA graph when a shape of ids comes for the first time, and replay it for
+            every step of every call. `step_fn` is then called in capture alone: it must not wait for the device, and
+            the tensors that it closes over are read where they lie, so new prompts are copied into them.
     """
 
     step_fn: Callable[[Tensor, int], Any] = field(repr=False)
@@ -105,6 +142,8 @@ class MaskedDiffusionSampler:
     counts: str = "exact"
     last_step: str = "finish"
     confidence_floor: str = "none"
+    cuda_graph: bool = False
+    _graphs: dict[tuple, StepGraph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         expect(isinstance(self.steps, int) and self.steps >= 1, "steps", "an int >= 1", repr(self.steps))
@@ -140,20 +179,54 @@ class MaskedDiffusionSampler:
             return self.remask_temperature * (1 - (step + 1) / self.steps)
         return self.remask_temperature * math.prod(1 - (i + 1) / self.steps for i in range(step + 1))
 
-    def masked_counts(self, step: int, unknown: Tensor, at_start: Tensor) -> Tensor:
-        """How many tokens [B] to mask after `step`: of [B, N] now unknown, and [B] unknown at the start."""
+    def masked_counts(self, step: Tensor | int, unknown: Tensor, run: Run) -> Tensor:
+        """How many tokens [B] to mask after `step`, of [B, N] now unknown."""
         now = unknown.sum(-1)
         if self.counts == "exact":
             # In float64 and 1e-9 up, so that a share such as 1 - 1/3 does not lose a token to its last bit.
-            wanted = (at_start.double() * self.masked_share(step + 1) + 1e-9).floor().long()
-            return torch.minimum(wanted, now - 1).clamp(min=0)
-        ratio = torch.tensor((step + 1) / self.steps, dtype=torch.float32)
+            wanted = (run.at_start.double() * _at(run.share, step + 1) + 1e-9).floor().long()
+            count = torch.minimum(wanted, now - 1).clamp(min=0)
+        else:
+            count = torch.minimum(now - 1, _at(run.wanted, step)).clamp(min=1)
+        return count * _at(run.again, step)
+
+    def _showo_count(self, step: int, length: int) -> int:
+        """Show-o's count in its own float32, where cos(pi / 3) is below 1/2."""
         if self.schedule == "cosine":
-            share = torch.cos(ratio * math.pi * 0.5)
+            share = torch.cos(torch.tensor((step + 1) / self.steps) * math.pi * 0.5)
         else:
             share = torch.tensor(self.masked_share(step + 1), dtype=torch.float32)
-        wanted = (unknown.shape[-1] * share).floor().long()
-        return (now - 1).clamp(max=wanted.to(now.device)).clamp(min=1)
+        return int((length * share).floor())
+
+    def steps_at_most(self, length: int) -> int:
+        """Steps after which no token of `length` can be left, however many were masked at the start."""
+        if self.counts != "exact" or self.known != "keep" or self.policy == "random":
+            return self.steps
+        left = length
+        for step in range(self.steps):
+            left = min(math.floor(length * self.masked_share(step + 1) + 1e-9), left - 1)
+            if left <= 0:
+                return step + 1
+        return self.steps
+
+    def begin(self, ids: Tensor, rows: Tensor | None, seed: Tensor | int, offset: Tensor | int) -> Run:
+        """The tables of a call on `ids` [B, N]; arguments as in `__call__`."""
+        device, steps = ids.device, range(self.steps)
+        if rows is None:
+            rows = torch.arange(ids.numel(), device=device).view(ids.shape)
+        share = [self.masked_share(step) for step in range(self.steps + 1)]
+        stays = [after / before if before else 0.0 for before, after in zip(share, share[1:])]
+        return Run(
+            rows=rows,
+            seed=word(seed, "seed", device),
+            offset=word(offset, "offset", device),
+            at_start=(ids == self.mask_id).sum(-1),
+            temperature=torch.tensor([self.noise_temperature(step) for step in steps], dtype=torch.float32).to(device),
+            share=torch.tensor(share, dtype=torch.float64).to(device),
+            stays=torch.tensor(stays, dtype=torch.float64).to(device),
+            wanted=torch.tensor([self._showo_count(step, ids.shape[1]) for step in steps]).to(device),
+            again=torch.tensor([int(step + 1 < self.steps or self.last_step == "showo") for step in steps]).to(device),
+        )
 
     @torch.no_grad()
     def __call__(
@@ -164,7 +237,7 @@ class MaskedDiffusionSampler:
 
         Args:
             ids: [B, N] int64, `mask_id` where a token is to be drawn. Any other id is known: a token to keep
-                (in-painting), or padding, in a batch of samples of several lengths. Not changed.
+                (in-painting, a prompt), or padding, in a batch of samples of several lengths. Not changed.
             seed: names the sample. offset: of the first step; step s uses offset + s.
             rows: [B, N] global row indices where `ids` is a part of a larger batch (see `sample_from_logits`).
             callback: called with a `Step` after each step.
@@ -173,63 +246,82 @@ class MaskedDiffusionSampler:
             [B, N] int64 with every masked position drawn.
 
         Raises:
-            ValueError: names the argument; also when `step_fn` gave a position no finite distribution to draw from.
+            ValueError: names the argument; also when `step_fn` gave a position no finite distribution to draw from
+                (found out at the end), or cannot be captured.
         """
         expect_tensor(ids, "ids", shape=("B", "N"), dtypes=[torch.int64])
-        if rows is None:
-            rows = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        at_start = (ids == self.mask_id).sum(-1)
+        if rows is not None:
+            expect_tensor(rows, "rows", shape=ids.shape, dtypes=[torch.int64], device_of=("ids", ids))
+        run = self.begin(ids, rows, seed, offset)
+        advance = self._replay(ids, run) if self.cuda_graph else self.advance
+        looks = ids.device.type == "cpu" and self.known == "keep"
         sample = ids
-        for step in range(self.steps):
-            unknown = ids == self.mask_id
-            if not unknown.any() and self.known == "keep":
+        for step in range(self.steps_at_most(ids.shape[1])):
+            if looks and not (ids == self.mask_id).any():
                 break
-            if self.policy == "random":
-                ids, sample, confidence = self._random_step(step, ids, unknown, seed, offset + step, rows)
-            else:
-                sample, confidence = self._predict(step, ids, unknown, seed, offset + step, rows)
-                masked = self._masked(step, unknown, at_start, confidence, seed, offset + step, rows)
-                ids = torch.where(masked, self.mask_id, sample)
+            ids, sample, confidence = advance(ids, step, run)
             if callback is not None:
+                if self.cuda_graph:  # the next replay writes over them
+                    ids, sample, confidence = ids.clone(), sample.clone(), confidence.clone()
                 callback(Step(step, self.steps, ids, sample, confidence))
         left = int((sample == self.mask_id).sum())
         expect(left == 0, "step_fn", "logits with a finite largest at every position", f"{left} positions without")
         return sample.clone()
 
-    def _predict(self, step, ids, unknown, seed, offset, rows) -> tuple[Tensor, Tensor]:
+    def advance(self, ids: Tensor, step: Tensor | int, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """One step: (ids as the next step sees them, the whole prediction, its confidence), each [B, N].
+
+        `step` may be on the device; then nothing here is read by the host.
+        """
+        unknown = ids == self.mask_id
+        if self.policy == "random":
+            return self._random_step(step, ids, unknown, run)
+        sample, confidence = self._predict(step, ids, unknown, run)
+        masked = self._masked(step, unknown, confidence, run)
+        return sample.masked_fill(masked, self.mask_id), sample, confidence
+
+    def _replay(self, ids: Tensor, run: Run) -> Callable[[Tensor, int, Run], tuple[Tensor, Tensor, Tensor]]:
+        """`advance` as a graph that is captured for this shape of ids, or was before."""
+        device = ids.device
+        expect(device.type == "cuda", "cuda_graph", "False for ids that are not on a CUDA device", f"True on {device}")
+        key = (ids.shape, device)
+        if key not in self._graphs:
+            self._graphs[key] = StepGraph(self.advance, ids, run)
+        self._graphs[key].begin(ids, run)
+        return self._graphs[key].replay
+
+    def _predict(self, step: Tensor | int, ids: Tensor, unknown: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """A code at every unknown position, and the policy's confidence in it."""
         out = self.step_fn(ids, step)
         cond, uncond = (out, None) if isinstance(out, Tensor) else out
         draw = {
             "code_range": self.code_range, "guidance": self.guidance, "temperature": self.temperature,
-            "top_k": self.top_k, "top_p": self.top_p, "seed": seed, "offset": offset, "rows": rows,
-            "unknown": unknown, "confidence": POLICIES[self.policy],
-        }
+            "top_k": self.top_k, "top_p": self.top_p, "seed": run.seed, "offset": run.offset + step,
+            "rows": run.rows, "unknown": unknown, "confidence": POLICIES[self.policy],
+        }  # fmt: skip
         if self.head is None:
             return sample_from_logits(cond, uncond, ids, self.mask_id, **draw)
         return sample_from_hidden(cond, uncond, *self.head, ids, self.mask_id, **draw)
 
-    def _masked(self, step, unknown, at_start, confidence, seed, offset, rows) -> Tensor:
+    def _masked(self, step: Tensor | int, unknown: Tensor, confidence: Tensor, run: Run) -> Tensor:
         """The positions that the next step draws again."""
-        if step == self.steps - 1 and self.last_step == "finish":
-            return torch.zeros_like(unknown)
         if self.confidence_floor == "showo":
             confidence = confidence.clamp(min=_SHOWO_FLOOR)
         candidates = unknown
         if self.known == "showo":
             confidence = confidence.masked_fill(~unknown, _SHOWO_KNOWN_CONFIDENCE)
             candidates = torch.ones_like(unknown)
-        count = self.masked_counts(step, unknown, at_start)
+        count = self.masked_counts(step, unknown, run)
         return remask(
-            confidence, candidates, count, self.noise_temperature(step), seed=seed, offset=offset, ties=self.ties,
-            rows=rows,
-        )
+            confidence, candidates, count, _at(run.temperature, step), seed=run.seed, offset=run.offset + step,
+            ties=self.ties, rows=run.rows,
+        )  # fmt: skip
 
-    def _random_step(self, step, ids, unknown, seed, offset, rows) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of the reverse process: (ids, sample, confidence). The model is called only if a token is kept."""
-        stays = self.masked_share(step + 1) / self.masked_share(step)
-        kept = unknown & (uniform(words_at(seed, offset, rows, 0, REMASK_STREAM)) >= stays)
-        if not kept.any():
-            return ids, ids, torch.full(ids.shape, math.inf, device=ids.device).masked_fill_(unknown, -math.inf)
-        ids, confidence = self._predict(step, ids, kept, seed, offset, rows)
+    def _random_step(self, step: Tensor | int, ids: Tensor, unknown: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of the reverse process. On the CPU a step that keeps no token does not call the model."""
+        words = words_at(run.seed, run.offset + step, run.rows, 0, REMASK_STREAM)
+        kept = unknown & (uniform(words) >= _at(run.stays, step))
+        if ids.device.type == "cpu" and not kept.any():
+            return ids, ids, torch.full(ids.shape, math.inf).masked_fill_(unknown, -math.inf)
+        ids, confidence = self._predict(step, ids, kept, run)
         return ids, ids, confidence.masked_fill(unknown & ~kept, -math.inf)
