@@ -161,7 +161,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.unif2ace.moe_route.default, arguments)
     routing = route(logits.detach(), group_ids, (3, 5), 2, shared=1)
     gradients = torch.randn(12, 3), torch.randn(8), torch.tensor(1.0), torch.tensor(1.0)
-    state = logits.detach(), group_ids, routing.expert, routing.frequency
+    state = logits.detach(), group_ids, routing.expert, routing.counts
     options = [3, 5], 2, [0.1, 0.2], True, "softmax", 0.1
     torch.library.opcheck(torch.ops.unif2ace.moe_route_backward.default, (*gradients, *state, *options))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._checks import expect, expect_choice, expect_tensor
 from .._library import Implementation, compiled, register
+from .._triton import triton_implementation
 from . import activation_torch, experts_torch, mix_torch, route_torch
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -77,7 +78,8 @@ def _route_setup(ctx, inputs, output):
     )
     _, expert, counts, offsets, order, frequency = output[:6]
     ctx.mark_non_differentiable(expert, counts, offsets, order, frequency)
-    ctx.save_for_backward(logits, group_ids, expert, frequency)
+    ctx.set_materialize_grads(False)  # an output that nothing reads costs no zeros
+    ctx.save_for_backward(logits, group_ids, expert, counts)
 
 
 def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency, probability, balance_loss, z_loss):
@@ -88,18 +90,29 @@ def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency,
     return grad_logits, *[None] * 9
 
 
+def _route_no_second_derivative(ctx, *_):
+    raise RuntimeError("unif2ace::moe_route_backward cannot be differentiated")
+
+
 _route_backward = register(
-    "moe_route_backward(Tensor grad_weight, Tensor grad_probability, Tensor grad_balance_loss, Tensor grad_z_loss,"
-    " Tensor logits, Tensor group_ids, Tensor expert, Tensor frequency, int[] group_sizes, int top_k,"
+    "moe_route_backward(Tensor? grad_weight, Tensor? grad_probability, Tensor? grad_balance_loss, Tensor? grad_z_loss,"
+    " Tensor logits, Tensor group_ids, Tensor expert, Tensor counts, int[] group_sizes, int top_k,"
     " float[] balance_coef, bool normalize, str scoring, float z_coef) -> Tensor",
-    implementations=_torch(route_torch.backward),
+    implementations=[
+        triton_implementation("unif2ace_kernels.moe.route_triton", "backward"),
+        *_torch(route_torch.backward),
+    ],
     fake=lambda grad_weight, p, b, z, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    backward=_route_no_second_derivative,
 )
 _route = register(
     "moe_route(Tensor logits, Tensor group_ids, int[] group_sizes, int top_k, int shared, float[] balance_coef,"
     " bool normalize, str scoring, Tensor? selection_bias, float z_coef)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementations=_torch(route_torch.forward),
+    implementations=[
+        triton_implementation("unif2ace_kernels.moe.route_triton", "forward"),
+        *_torch(route_torch.forward),
+    ],
     fake=_route_fake,
     setup_context=_route_setup,
     backward=_route_autograd,
@@ -122,8 +135,8 @@ def route(
     """Choose top_k experts for each token among its group's, and account for their load.
 
     Scores s are the softmax, or the sigmoid, of the token's group's logits, in float32. The K largest s +
-    selection_bias are chosen and weighted by s, without the bias (DeepSeek-V3, arXiv 2412.19437, eq. 12-16), divided
-    by their sum if `normalize`. balance_loss = sum_g balance_coef_g sum_{i in g} f_i P_i, with f and P scaled as in
+    selection_bias are chosen, of equals those of lower index, and weighted by s, without the bias (DeepSeek-V3, arXiv
+    2412.19437, eq. 12-16), divided by their sum if `normalize`. A NaN counts as the largest. balance_loss = sum_g balance_coef_g sum_{i in g} f_i P_i, with f and P scaled as in
     DeepSeekMoE (arXiv 2401.06066, eq. 12-14; DeepSeek-V3 eq. 17-20 for the sigmoid): under balanced load or uniform
     scores it is sum_g balance_coef_g over the groups that have tokens. z_loss is ST-MoE's (arXiv 2202.08906, eq. 5).
 

@@ -35,7 +35,7 @@ def route(
 ) -> dict[str, Tensor]:
     """Experts, weights, frequencies f, probabilities P, balance loss and z loss, group by group.
 
-    s = softmax(logits_g) or sigmoid(logits_g);  experts = top-K of s (+ selection_bias);  w = s / sum_K s
+    s = softmax(logits_g) or sigmoid(logits_g);  experts = top-K of s (+ selection_bias), of equals the first;  w = s / sum_K s
     f_i = N_g / (K T_g) * #{tokens of g that chose i};  P_i = mean over g of s_i / sum_j s_j
     balance = sum_g coef_g sum_i f_i P_i;  z = z_coef / T * sum_t logsumexp(logits_t,g)^2
     """
@@ -50,8 +50,8 @@ def route(
         own = slice(first, first + size)
         group_logits = logits[tokens, own]
         score = group_logits.softmax(-1) if scoring == "softmax" else group_logits.sigmoid()
-        by = score if selection_bias is None else score + selection_bias[own]
-        chosen = by.detach().topk(top_k).indices
+        by = group_logits if selection_bias is None else score + selection_bias[own]  # scores rise with the logits
+        chosen = by.detach().argsort(descending=True, stable=True)[:, :top_k]
         picked = score.gather(1, chosen)
         expert[tokens] = chosen + first
         weight = weight.index_put((tokens,), picked / picked.sum(-1, keepdim=True) if normalize else picked)

@@ -41,9 +41,21 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _tokens_of_group(group_ids: Tensor, groups: int) -> Tensor:
-    """Number of tokens of each group, at least 1 so that an empty group's statistics are 0 and not 0 / 0."""
-    return torch.bincount(group_ids, minlength=groups).clamp(min=1)
+def _tokens_of_group(counts: Tensor, group_sizes: Sequence[int], top_k: int) -> Tensor:
+    """Number of tokens of each group [G] from the experts' counts: a token has K slots in its group.
+
+    At least 1, so that an empty group's statistics are 0 and not 0 / 0.
+    """
+    routed = counts[: sum(group_sizes)].split(list(group_sizes))
+    return (torch.stack([each.sum() for each in routed]) // top_k).clamp(min=1)
+
+
+def check_group_ids(group_ids: Tensor, groups: int) -> None:
+    """On the CPU, refuse an id out of range; elsewhere looking would cost a synchronisation."""
+    if group_ids.device.type == "cpu" and len(group_ids):
+        low, high = (int(bound) for bound in group_ids.aminmax())
+        if low < 0 or high >= groups:
+            raise ValueError(f"group_ids: expected values in [0, {groups}), got values in [{low}, {high}]")
 
 
 def _per_expert(value_of_group: Tensor, group_sizes: Sequence[int]) -> Tensor:
@@ -66,29 +78,21 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """See `ops.route`; returns its fields in order."""
     groups, routed, tokens = len(group_sizes), sum(group_sizes), len(logits)
-    if group_ids.device.type == "cpu" and tokens:
-        low, high = (int(bound) for bound in group_ids.aminmax())
-        if low < 0 or high >= groups:
-            raise ValueError(f"group_ids: expected values in [0, {groups}), got values in [{low}, {high}]")
+    check_group_ids(group_ids, groups)
     group_ids = group_ids.long()
     dtype = _compute_dtype(logits)
     columns, padding = _columns(group_ids, group_sizes)
     table = logits.gather(1, columns).to(dtype)
     score = _scores(table, padding, scoring)
-    by = score if selection_bias is None else score + selection_bias.to(dtype)[columns]
+    # Scores rise with the logits; a choice by logits hangs on no exponential's rounding, so all devices make the same.
+    by = table if selection_bias is None else score + selection_bias.to(dtype)[columns]
     if padding is not None:
         by = by.masked_fill(padding, float("-inf"))
-    chosen = by.topk(top_k).indices
+    # Not topk, which promises no order among equals: of these the lower index is first.
+    chosen = by.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     picked = score.gather(1, chosen)
     weight = picked / (picked.sum(-1, keepdim=True) + _TINY) if normalize else picked
     expert = columns.gather(1, chosen)
-
-    tokens_of_group = _tokens_of_group(group_ids, groups)
-    share = score if scoring == "softmax" else score / (score.sum(-1, keepdim=True) + _TINY)
-    # index_add_ of narrow rows crawls; a one-hot product over the G groups does the same sum at memory speed.
-    in_group = torch.nn.functional.one_hot(group_ids, groups).to(dtype)
-    mean = torch.where(in_group.bool().t()[:, :, None], share, 0).sum(1) / tokens_of_group[:, None]
-    probability = torch.cat([mean[g, :size] for g, size in enumerate(group_sizes)])
 
     if shared:
         always = routed + shared * group_ids[:, None] + torch.arange(shared, device=logits.device)
@@ -98,6 +102,12 @@ def forward(
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     order = expert.flatten().sort(stable=True).indices
 
+    tokens_of_group = _tokens_of_group(counts, group_sizes, top_k)
+    share = score if scoring == "softmax" else score / (score.sum(-1, keepdim=True) + _TINY)
+    # index_add_ of narrow rows crawls; a one-hot product over the G groups does the same sum at memory speed.
+    in_group = torch.nn.functional.one_hot(group_ids, groups).to(dtype)
+    mean = torch.where(in_group.bool().t()[:, :, None], share, 0).sum(1) / tokens_of_group[:, None]
+    probability = torch.cat([mean[g, :size] for g, size in enumerate(group_sizes)])
     sizes = torch.tensor(group_sizes, dtype=dtype, device=logits.device)
     frequency = counts[:routed] * _per_expert(sizes / (top_k * tokens_of_group), group_sizes)
     coef = _per_expert(torch.tensor(balance_coef, dtype=dtype, device=logits.device), group_sizes)
@@ -115,14 +125,14 @@ def _logsumexp(table: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def backward(
-    grad_weight: Tensor,
-    grad_probability: Tensor,
-    grad_balance_loss: Tensor,
-    grad_z_loss: Tensor,
+    grad_weight: Tensor | None,
+    grad_probability: Tensor | None,
+    grad_balance_loss: Tensor | None,
+    grad_z_loss: Tensor | None,
     logits: Tensor,
     group_ids: Tensor,
     expert: Tensor,
-    frequency: Tensor,
+    counts: Tensor,
     group_sizes: Sequence[int],
     top_k: int,
     balance_coef: Sequence[float],
@@ -130,38 +140,52 @@ def backward(
     scoring: str,
     z_coef: float,
 ) -> Tensor:
-    """Gradient of the logits [T, E]: scores are computed again from the logits, f is a constant."""
+    """Gradient of the logits [T, E]: scores are computed again from the logits, f and T_g come from the counts.
+
+    A gradient that is None is zero; f is a constant to the gradient.
+    """
     group_ids = group_ids.long()
     dtype = _compute_dtype(logits)
     columns, padding = _columns(group_ids, group_sizes)
     table = logits.gather(1, columns).to(dtype)
     score = _scores(table, padding, scoring)
-    chosen = expert[:, :top_k] - columns[:, :1]
-    grad_picked = grad_weight[:, :top_k].to(dtype)
-    if normalize:
-        picked = score.gather(1, chosen)
-        total = picked.sum(-1, keepdim=True) + _TINY
-        grad_picked = (grad_picked - (grad_picked * picked / total).sum(-1, keepdim=True)) / total
 
-    coef = _per_expert(torch.tensor(balance_coef, dtype=dtype, device=logits.device), group_sizes)
-    per_token = 1 / _per_expert(_tokens_of_group(group_ids, len(group_sizes)), group_sizes).to(dtype)
-    grad_share = ((grad_probability + grad_balance_loss * coef * frequency) * per_token)[columns]
-    if padding is not None:
-        grad_share = grad_share.masked_fill(padding, 0)
-    if scoring == "sigmoid":
-        total = score.sum(-1, keepdim=True) + _TINY
-        grad_share = (grad_share - (grad_share * score / total).sum(-1, keepdim=True)) / total
-    grad_score = grad_share.scatter_add(1, chosen, grad_picked)
+    grad_score = torch.zeros_like(score)
+    if grad_balance_loss is not None or grad_probability is not None:
+        sizes = torch.tensor(group_sizes, dtype=dtype, device=logits.device)
+        tokens_of_group = _tokens_of_group(counts, group_sizes, top_k)
+        grad_share = score.new_zeros(sum(group_sizes))
+        if grad_balance_loss is not None:
+            coef = torch.tensor(balance_coef, dtype=dtype, device=logits.device) * sizes / (top_k * tokens_of_group)
+            grad_share = grad_balance_loss * _per_expert(coef, group_sizes) * counts[: sum(group_sizes)]
+        if grad_probability is not None:
+            grad_share = grad_share + grad_probability
+        grad_score = (grad_share / _per_expert(tokens_of_group, group_sizes))[columns]
+        if padding is not None:
+            grad_score = grad_score.masked_fill(padding, 0)
+        if scoring == "sigmoid":
+            total = score.sum(-1, keepdim=True) + _TINY
+            grad_score = (grad_score - (grad_score * score / total).sum(-1, keepdim=True)) / total
+    if grad_weight is not None:
+        chosen = expert[:, :top_k] - columns[:, :1]
+        grad_picked = grad_weight[:, :top_k].to(dtype)
+        if normalize:
+            picked = score.gather(1, chosen)
+            total = picked.sum(-1, keepdim=True) + _TINY
+            grad_picked = (grad_picked - (grad_picked * picked / total).sum(-1, keepdim=True)) / total
+        grad_score = grad_score.scatter_add(1, chosen, grad_picked)
 
     if scoring == "softmax":
         grad_table = score * (grad_score - (grad_score * score).sum(-1, keepdim=True))
     else:
         grad_table = grad_score * score * (1 - score)
-    if z_coef:
+    if z_coef and grad_z_loss is not None:
         z = _logsumexp(table, padding)[:, None]
         probability = score if scoring == "softmax" else _scores(table, padding, "softmax")
         grad_table = grad_table + grad_z_loss * (2 * z_coef / max(len(logits), 1)) * z * probability
     if padding is not None:
         grad_table = grad_table.masked_fill(padding, 0)
     # scatter_add and not scatter: padding points at column 0, and adds nothing there.
-    return torch.zeros_like(logits).scatter_add_(1, columns, grad_table.to(logits.dtype))
+    return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_add_(
+        1, columns, grad_table.to(logits.dtype)
+    )
