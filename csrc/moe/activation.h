@@ -4,14 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/exact.cuh"
-#include "common/simd.h"
+#include "moe/tiles.h"
 
 namespace unif2ace {
 
 enum class Pointwise { gelu_tanh, gelu, relu, silu };
-
-#define UNIF2ACE_INLINE inline __attribute__((always_inline))
 
 // exp within 2 ulp, by e^z = 2^n e^r with |r| <= ln(2) / 2; z is clamped to where the result is a normal number.
 UNIF2ACE_INLINE float exponential_of(float z) {
@@ -50,7 +47,8 @@ UNIF2ACE_INLINE double normal_cdf(double x) { return 0.5 * std::erfc(-x * 0.7071
 
 // a[i] = act(h[i]), d[i] = act'(h[i]).
 template <class Real>
-UNIF2ACE_INLINE void pointwise_body(Pointwise kind, const Real* __restrict h, Real* __restrict a, Real* __restrict d, int64_t count) {
+UNIF2ACE_SIMD_CLONES void pointwise(Pointwise kind, const Real* __restrict h, Real* __restrict a, Real* __restrict d,
+                                    int64_t count) {
   switch (kind) {
     case Pointwise::gelu_tanh:  // x (1 + tanh u) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
       for (int64_t i = 0; i < count; ++i) {
@@ -82,14 +80,6 @@ UNIF2ACE_INLINE void pointwise_body(Pointwise kind, const Real* __restrict h, Re
       }
       break;
   }
-}
-
-UNIF2ACE_SIMD_CLONES
-inline void pointwise(Pointwise kind, const float* __restrict h, float* __restrict a, float* __restrict d, int64_t count) {
-  pointwise_body(kind, h, a, d, count);
-}
-inline void pointwise(Pointwise kind, const double* h, double* a, double* d, int64_t count) {
-  pointwise_body(kind, h, a, d, count);
 }
 
 }  // namespace unif2ace

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from unif2ace_kernels._library import explain
-from unif2ace_kernels.moe import activation_torch, experts, reference, route
+from unif2ace_kernels._library import explain, runnable
+from unif2ace_kernels.moe import experts, reference, route
 from unif2ace_kernels.moe.activation_torch import ACTIVATIONS, GATED
 
 TINY = 1e-5
 
 
-def make(tokens, *, sizes=(3, 5), top_k=2, shared=1, activation="gelu_tanh", bias=True, logits=None, groups=None):
+def make(tokens, *, sizes=(3, 5), top_k=2, shared=1, activation="gelu_tanh", bias=True, logits=None, groups=None,
+         hidden=12, width=7):  # fmt: skip
     """x, routing and parameters (w_in, b_in, w_out, b_out) of a small mixture in float64, outputs of order 1."""
     rng = torch.Generator().manual_seed(0)
-    hidden, width, total = 12, 7, sum(sizes) + shared * len(sizes)
+    total = sum(sizes) + shared * len(sizes)
     double = {"dtype": torch.float64, "generator": rng}
     groups = torch.randint(len(sizes), (tokens,), generator=rng) if groups is None else groups
     logits = 2 * torch.randn(tokens, sum(sizes), **double) if logits is None else logits.double()
@@ -53,7 +54,37 @@ def truth(routing, activation):
     )
 
 
-def assert_as_good(x, routing, parameters, activation="gelu_tanh", dtype=torch.float32):
+def by_implementation(name):
+    """moe_experts by the CPU implementation of that name, whichever is installed."""
+    forward, backward = (
+        next(each.function for each in runnable(op, "cpu") if each.name == name)
+        for op in ("moe_experts", "moe_experts_backward")
+    )
+
+    class Experts(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, order, offsets, w_in, b_in, w_out, b_out, activation):
+            y, h = forward(x, weight, order, offsets, w_in, b_in, w_out, b_out, activation)
+            ctx.save_for_backward(x, h, weight, order, offsets, w_in, w_out, b_out)
+            ctx.options = b_in is not None, activation
+            return y
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            grad_x, weight, w_in, b_in, w_out, b_out = backward(grad_y, *ctx.saved_tensors, *ctx.options)
+            b_in, b_out = (None if each.shape[0] == 0 else each for each in (b_in, b_out))
+            return grad_x, weight, None, None, w_in, b_in, w_out, b_out, None
+
+    def of(routing, activation):
+        def call(x, weight, *parameters):
+            return Experts.apply(x, weight, routing.order, routing.offsets, *parameters, activation)
+
+        return call
+
+    return of
+
+
+def assert_as_good(x, routing, parameters, activation="gelu_tanh", dtype=torch.float32, ours=ours):
     """err(ours) <= 2 err(same-dtype torch) + tiny, both against float64, for y and every gradient."""
     exact = outcome(truth(routing, activation), torch.float64, x, routing.weight, parameters)
     peer = outcome(truth(routing, activation), dtype, x, routing.weight, parameters)
@@ -202,30 +233,30 @@ def test_opcheck(bias):
     )
 
 
-@pytest.mark.parametrize("activation", ["gelu", "geglu"])
-def test_opcheck_of_the_activation(activation):
-    h, grad_a, weight = torch.randn(10, 14), torch.randn(12, 14 // (1 + (activation in GATED))), torch.rand(10)
-    torch.library.opcheck(torch.ops.unif2ace.moe_activation.default, (h, activation))
-    torch.library.opcheck(torch.ops.unif2ace.moe_activation_backward.default, (grad_a, h, weight, activation))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_installed_activation_is_as_good_as_torch(activation, dtype):
-    """The compiled activation where it was built (else torch's with itself), rows wider than its tile, padded rows."""
-    rng = torch.Generator().manual_seed(0)
-    h = 2 * torch.randn(9, 300 * (1 + (activation in GATED)), generator=rng)
-    h, grad_a = h.to(dtype), torch.randn(11, 300, generator=rng).to(dtype)
-    weight = torch.rand(9, generator=rng).to(torch.promote_types(dtype, torch.float32))
-    exact = activation_torch.backward(grad_a.double(), h.double(), weight.double(), activation)
-    peer = activation_torch.backward(grad_a, h, weight, activation)
-    got = torch.ops.unif2ace.moe_activation_backward(grad_a, h, weight, activation)
-    exact = (*exact, activation_torch.forward(h.double(), activation))
-    peer = (*peer, activation_torch.forward(h, activation))
-    got = (*got, torch.ops.unif2ace.moe_activation(h, activation))
-    for e, p, g in zip(exact, peer, got, strict=True):
-        assert (g - e).abs().max() <= 2 * (p - e).abs().max() + TINY * max(1, e.abs().max())
-    assert (got[0][9:] == 0).all() and (got[1][9:] == 0).all()
+@pytest.mark.parametrize("name", ["c++", "torch"])
+def test_every_implementation(name, activation, dtype):
+    """Also the one that is not installed; rows wider than a tile and more than a block of them."""
+    if name not in [each.name for each in runnable("moe_experts", "cpu")]:
+        pytest.skip("extension not built")
+    dtype = torch.float32 if activation == "relu" and dtype.itemsize == 2 else dtype  # as in test_values_and_gradients
+    bias = activation != "geglu"
+    made = make(90, sizes=(2,), shared=0, activation=activation, bias=bias, hidden=270, width=300)
+    assert_as_good(*made, activation, dtype, by_implementation(name))
+
+
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_threads_share_the_experts(skew):
+    """More threads than one: experts side by side, the longest together; nothing but rounding changes."""
+    logits = torch.randn(300, 11, generator=torch.Generator().manual_seed(0)) - skew * torch.arange(1.0, 12).log()
+    x, routing, parameters = make(300, sizes=(11,), logits=logits, groups=torch.zeros(300).long(), shared=0)
+    alone = outcome(ours(routing, "gelu_tanh"), torch.float32, x, routing.weight, parameters)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        runs = [outcome(ours(routing, "gelu_tanh"), torch.float32, x, routing.weight, parameters) for _ in range(4)]
+        torch.testing.assert_close(runs[0], alone, atol=1e-5, rtol=1e-5)
+        assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
 
 
 def test_compiles_whole():
@@ -262,5 +293,14 @@ def test_unknown_activation():
 
 
 def test_explain():
-    assert explain("moe_experts").implementation == "torch"
-    assert explain("moe_activation").implementation in ("c++", "torch")
+    assert explain("moe_experts").implementation in ("c++", "torch")
+    assert explain("moe_experts_backward").implementation == explain("moe_experts").implementation
+
+
+def test_second_derivative_is_refused():
+    x, routing, parameters = make(10)
+    leaves = [each.requires_grad_() for each in (x, *parameters)]
+    y = experts(leaves[0], routing, *leaves[1:], activation="gelu_tanh")
+    (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="moe_experts_backward cannot be differentiated"):
+        grad_x.sum().backward()

@@ -70,6 +70,13 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.unif2ace.moe_mix_backward.default, (torch.randn(3, 5, 4), *detached))
 
 
+def test_second_derivative_is_refused():
+    x, coef, injected = make()
+    (grad_x,) = torch.autograd.grad(mix(x, coef, injected).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="moe_mix_backward cannot be differentiated"):
+        grad_x.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("name", "shapes"),
     [

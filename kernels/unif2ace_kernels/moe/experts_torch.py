@@ -1,8 +1,7 @@
 """The experts' feed-forward in plain torch: one product per expert over its own rows, forward and backward.
 
 Rows are the slots sorted by expert, R = T * S of them; rows offsets[e] : offsets[e + 1] are expert e's. An expert's
-rows are gathered, multiplied and activated while they are in the cache; only the pre-activation h is kept. What
-happens between the products is the op moe_activation, compiled where it can be.
+rows are gathered, multiplied and activated while they are in the cache; only the pre-activation h is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import activation_torch
 
 
 def _row_step(x: Tensor) -> int:
@@ -81,7 +82,7 @@ def forward(
         x_e = _gather(x, tokens[start:stop], step)
         own = slice(start, start + len(x_e))
         h_e = _product(x_e, w_in[e], None if b_in is None else b_in[e], h[own])
-        a_e = torch.ops.unif2ace.moe_activation(h_e, activation)
+        a_e = activation_torch.forward(h_e, activation)
         _product(a_e, w_out[e], None if b_out is None else b_out[e], y_rows[own])
     return _combine(y_rows, _position(order, slots), weight), h[: len(order)]
 
@@ -122,7 +123,7 @@ def backward(
             continue
         x_e, grad_y_e = _gather(x, tokens[start:stop], step), _gather(grad_y, tokens[start:stop], step)
         scale = weight_rows[start:stop]
-        scaled_a, grad_h, grad_weight = torch.ops.unif2ace.moe_activation_backward(
+        scaled_a, grad_h, grad_weight = activation_torch.backward(
             grad_y_e @ w_out[e].t(), h[start:stop], scale, activation
         )
         if b_out is not None:

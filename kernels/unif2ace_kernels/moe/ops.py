@@ -23,6 +23,15 @@ def _torch(function) -> tuple[Implementation, ...]:
     return (Implementation("torch", ("cpu", "cuda"), function),)
 
 
+def _once_differentiable(op: str):
+    """The autograd formula of a backward op: says that there is none, where silence would give a wrong number."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(f"unif2ace::{op} cannot be differentiated")
+
+    return refuse
+
+
 class Routing(NamedTuple):
     """Where each token goes, and the statistics of the routers.
 
@@ -178,22 +187,6 @@ def route(
 # -------------------------------------------------------------------------------------------------------- experts
 
 
-# Between an expert's products; called by experts_torch. In C++ since it is one pass over the rows where torch takes
-# eight, and torch's tanh is slow.
-register(
-    "moe_activation(Tensor h, str activation) -> Tensor",
-    implementations=[compiled("moe_activation", "cpu"), *_torch(activation_torch.forward)],
-    fake=lambda h, activation: h.new_empty(h.shape[0], h.shape[1] // (1 + (activation in activation_torch.GATED))),
-)
-register(
-    "moe_activation_backward(Tensor grad_a, Tensor h, Tensor weight, str activation) -> (Tensor, Tensor, Tensor)",
-    implementations=[compiled("moe_activation_backward", "cpu"), *_torch(activation_torch.backward)],
-    fake=lambda grad_a, h, weight, _: (
-        grad_a.new_empty(grad_a.shape), h.new_empty(grad_a.shape[0], h.shape[1]), weight.new_empty(weight.shape)
-    ),
-)  # fmt: skip
-
-
 def _experts_fake(x, weight, order, offsets, w_in, b_in, w_out, b_out, activation):
     return x.new_empty(x.shape), x.new_empty(order.shape[0], w_in.shape[2])
 
@@ -222,13 +215,14 @@ _experts_backward = register(
     "moe_experts_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor order, Tensor offsets,"
     " Tensor w_in, Tensor w_out, Tensor? b_out, bool has_b_in, str activation)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementations=_torch(experts_torch.backward),
+    implementations=[compiled("moe_experts_backward", "cpu"), *_torch(experts_torch.backward)],
     fake=_experts_backward_fake,
+    backward=_once_differentiable("moe_experts_backward"),
 )
 _experts = register(
     "moe_experts(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor w_in, Tensor? b_in, Tensor w_out,"
     " Tensor? b_out, str activation) -> (Tensor, Tensor)",
-    implementations=_torch(experts_torch.forward),
+    implementations=[compiled("moe_experts", "cpu"), *_torch(experts_torch.forward)],
     fake=_experts_fake,
     setup_context=_experts_setup,
     backward=_experts_autograd,
@@ -300,12 +294,13 @@ def _mix_autograd(ctx, grad_y):
 
 _mix_backward = register(
     "moe_mix_backward(Tensor grad_y, Tensor x, Tensor coef, Tensor injected) -> (Tensor, Tensor, Tensor)",
-    implementations=_torch(mix_torch.backward),
+    implementations=[compiled("moe_mix_backward", "cpu"), *_torch(mix_torch.backward)],
     fake=lambda grad_y, *inputs: tuple(each.new_empty(each.shape) for each in inputs),
+    backward=_once_differentiable("moe_mix_backward"),
 )
 _mix = register(
     "moe_mix(Tensor x, Tensor coef, Tensor injected) -> Tensor",
-    implementations=_torch(mix_torch.forward),
+    implementations=[compiled("moe_mix", "cpu"), *_torch(mix_torch.forward)],
     fake=lambda x, coef, injected: x.new_empty(x.shape),
     setup_context=_mix_setup,
     backward=_mix_autograd,
