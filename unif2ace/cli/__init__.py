@@ -54,6 +54,18 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--question", required=True)
     ask.set_defaults(run=_ask)
 
+    importing = commands.add_parser("import", help="bring in other projects' weights: Show-o, Phi-1.5, MAGVIT-v2")
+    importing.add_argument("kind", choices=["showo", "phi", "magvit"])
+    importing.add_argument("path", type=Path, help="file of weights, index of shards, or the folder of either")
+    importing.add_argument("--out", required=True, type=Path, help="new folder to write")
+    importing.add_argument("--dense", action="store_true", help="without experts (showo, phi)")
+    importing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    importing.set_defaults(run=_import)
+
+    info = commands.add_parser("info", help="parameters by part, in all and used by a token")
+    info.add_argument("checkpoint", help="folder of a checkpoint or of an import; or base, the 1.8B shape")
+    info.set_defaults(run=_info)
+
     for each in (generate, ask):
         each.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: %(default)s)")
     return parser
@@ -79,3 +91,15 @@ def _ask(parsed: argparse.Namespace) -> None:
     from unif2ace.cli.commands import ask
 
     ask(parsed)
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.commands import import_weights
+
+    import_weights(parsed)
+
+
+def _info(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.info import info
+
+    info(parsed)

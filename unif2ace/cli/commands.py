@@ -1,4 +1,4 @@
-"""`unif2ace generate` and `unif2ace ask`."""
+"""`unif2ace generate`, `unif2ace ask` and `unif2ace import`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from unif2ace.errors import UserError
 from unif2ace.files import replacing
 from unif2ace.generation.image import PaintSettings, paint
 from unif2ace.generation.text import answer_faces
+from unif2ace.importers import parts
+from unif2ace.importers.magvit import import_magvit
+from unif2ace.importers.phi import import_phi
+from unif2ace.importers.showo import import_showo
+from unif2ace.model.magvit import Magvit
+from unif2ace.model.transformer import UniF2ace
 
 LARGEST_COUNT = 64
 
@@ -45,3 +51,16 @@ def ask(parsed: argparse.Namespace) -> None:
     face = face_from_file(parsed.image, side)
     identity = torch.from_numpy(IdentityEncoder().embed(face[None]))
     print(answer_faces(checkpoint, face[None], identity, [parsed.question])[0])
+
+
+def import_weights(parsed: argparse.Namespace) -> None:
+    """Another project's weights as a part of a checkpoint, and what went where."""
+    parts.can_write(parsed.out)
+    part: UniF2ace | Magvit
+    if parsed.kind == "magvit":
+        part, told = import_magvit(parsed.path)
+    else:
+        read = import_showo if parsed.kind == "showo" else import_phi
+        part, told = read(parsed.path, dense=parsed.dense)
+    parts.save(part, parsed.out, parsed.dtype)
+    print("\n".join([*told, f"written: {parsed.out}"]))

@@ -132,6 +132,22 @@ class SequenceMoE(nn.Module):
                 which[index, _INJECTED[name]] = 1.0
         self.register_buffer("injects", which, persistent=False)  # [E, 3] expert -> the features it brings in
 
+    @torch.no_grad()
+    def start_as_identity(self, margin: float = 1.0) -> None:
+        """Become y = x, exactly, to train on from there: every sample is routed to its task's copies, in equal parts.
+
+        The router's weight is zero and its bias puts the copies `margin` above the other experts. Among copies the
+        task's loss cannot tell, so it is the balance loss that lowers their share until the others are chosen too.
+
+        Raises:
+            ValueError: top_k is larger than the number of copies, so that others would be chosen.
+        """
+        copies = int(self.keeps.view(len(self.group_sizes), -1).sum(1).min())
+        if self.top_k > copies:
+            raise ValueError(f"top_k: expected at most {copies}, the copies of each task, got {self.top_k}")
+        self.router.weight.zero_()
+        self.router.bias.copy_(margin * self.keeps)
+
     def forward(self, x: torch.Tensor, task: torch.Tensor, injected: torch.Tensor) -> tuple[torch.Tensor, moe.Routing]:
         """x [B, N, D] image tokens, task [B], injected [B, 3, N, D] -> ([B, N, D], the layer's routing)."""
         dtype = torch.promote_types(x.dtype, torch.float32)

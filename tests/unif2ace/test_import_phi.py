@@ -1,0 +1,172 @@
+"""Phi-1.5's weights: transformers' PhiForCausalLM says what they compute, alone and under both tasks' masks."""
+
+import dataclasses
+import json
+import os
+
+import foreign
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PhiConfig, PhiForCausalLM
+
+from unif2ace.cli import main
+from unif2ace.errors import UserError
+from unif2ace.importers.phi import import_phi
+from unif2ace.importers.showo import import_showo
+from unif2ace.model.sequences import Batch, attention_mask, mmu_batch, t2i_batch, t2i_prompts
+from unif2ace.model.transformer import UniF2ace
+
+TEXT, CODES, N, END = 40, 16, 4, 0
+
+
+def phi(qk_layernorm: bool = True, rows: int = 67) -> torch.nn.Module:
+    """A small PhiForCausalLM, every weight of which matters."""
+    config = PhiConfig(
+        vocab_size=rows,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        qk_layernorm=qk_layernorm,
+        attn_implementation="eager",
+    )
+    model = PhiForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(foreign.drawn(name, value.shape))
+    return model
+
+
+def save(model: torch.nn.Module, folder, settings=None):
+    folder.mkdir()
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "vocab_size": 67, **(settings or {})}))
+    return folder
+
+
+def read(path, **options) -> UniF2ace:
+    return import_phi(path, **{"text": TEXT, "codes": CODES, "image_tokens": N, **options})[0]
+
+
+def ours(model: UniF2ace, batch: Batch) -> torch.Tensor:
+    floats = {k: v.to(model.head.weight.dtype) for k, v in vars(batch).items() if v.is_floating_point()}
+    with torch.no_grad():
+        return model.head(model(dataclasses.replace(batch, **floats)).hidden)
+
+
+def theirs(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Their logits, under [B, 1, L, L] of True where it sees, or causal."""
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    with torch.no_grad():
+        return model(tokens, attention_mask=mask, use_cache=False).logits
+
+
+def assert_as_close(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor) -> None:
+    """Two float32 results: the first is at most twice as far from the float64 one as the second."""
+    assert exact.std() > 0.5
+    assert (a - exact).abs().max() <= 2 * (b - exact).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["experts", "dense"])
+def test_text_logits_are_phis(tmp_path, dense):
+    """A t2i row's text is causal: it sees nothing of the image, and Phi reads it without one."""
+    reference = phi()
+    model = read(save(reference, tmp_path / "phi"), dense=dense)
+    prompts = torch.tensor([[2, 7, 9, 21, 33, 5, 11, 12, 13], [14, 39, 0, 3, 3, 30, 31, 1, 8]])
+    batch = t2i_batch(prompts, torch.full((2, N), model.config.vocabulary.mask), model.config)
+    columns = slice(0, TEXT)
+    a, b = ours(model, batch)[:, :9, columns], theirs(reference, prompts)[..., columns]
+    exact = theirs(reference.double(), prompts)[..., columns]
+    assert_as_close(a, b, exact)
+    torch.testing.assert_close(ours(model.double(), batch)[:, :9, columns], exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("task", ["t2i", "mmu"])
+def test_both_tasks_logits_are_phis_under_our_masks(tmp_path, task):
+    """All rows of the vocabulary taken, as one tensor of a Show-o is: specials, codes and the mask token too."""
+    reference = phi()
+    tensors = {f"showo.{name}": value.contiguous() for name, value in reference.state_dict().items()}
+    (tmp_path / "show-o").mkdir()
+    save_file(tensors, tmp_path / "show-o" / "model.safetensors")
+    settings = {"llm_vocab_size": TEXT, "codebook_size": CODES, "num_vq_tokens": N}
+    (tmp_path / "show-o" / "config.json").write_text(json.dumps(settings))
+    model, _ = import_showo(tmp_path / "show-o")
+    config = dataclasses.replace(model.config, text_slots=9)
+    codes = config.vocabulary.code_range[0] + torch.arange(12).view(3, N)
+    if task == "t2i":
+        batch = t2i_batch(t2i_prompts([[3, 4], [], [5, 6, 7, 8, 9]], END, config), codes, config)
+    else:
+        features = torch.randn(3, config.identity), torch.randn(3, N, config.semantic)
+        batch = mmu_batch(codes, [[3, 4, 5], [6], [7, 8, 9, 10, 11]], *features, config)
+    mask, valid = attention_mask(batch, N), batch.valid
+    a, b = ours(model, batch)[valid], theirs(reference, batch.tokens, mask)[valid]
+    assert_as_close(a, b, theirs(reference.double(), batch.tokens, mask)[valid])
+
+
+def test_which_row_goes_where(tmp_path):
+    """Text rows are Phi's; what its tokenizer never gives out is left; specials, codes and the mask begin anew."""
+    reference = phi(rows=51)
+    model = read(save(reference, tmp_path / "phi"))
+    embedding, head = reference.model.embed_tokens.weight, reference.lm_head
+    assert model.config.vocabulary.size == 67
+    for mine, row in ((model.embedding.weight, embedding), (model.head.weight, head.weight)):
+        assert torch.equal(mine[:TEXT], row[:TEXT])
+        fresh = mine[TEXT:]
+        assert not torch.equal(fresh[:11], row[TEXT:]) and 0.015 < fresh.std() < 0.025
+    assert torch.equal(model.head.bias[:TEXT], head.bias[:TEXT]) and not model.head.bias[TEXT:].any()
+
+
+def test_without_q_and_k_layernorm_they_begin_at_one_and_zero(tmp_path, capsys):
+    path, out = save(phi(qk_layernorm=False, rows=51), tmp_path / "phi"), tmp_path / "out"
+    model = read(path)
+    for block in model.blocks:
+        for norm in (block.attention.q_norm, block.attention.k_norm):
+            assert (norm.weight == 1).all() and not norm.bias.any()
+    told = "\n".join(import_phi(path, text=TEXT)[1])
+    assert "train before use" in told and "licence: MIT" in told and "11 rows that no text token uses" in told
+    assert "train before use" not in "\n".join(import_phi(save(phi(), tmp_path / "another"), text=TEXT)[1])
+    assert main(["import", "phi", str(path), "--out", str(out)]) == 1
+    assert "51 rows, fewer than the 50295" in capsys.readouterr().err and not out.exists()
+
+
+def test_one_seed_one_model(tmp_path):
+    """Drawn parts do not hang on what was drawn before, and draw nothing from the caller's stream."""
+    path = save(phi(rows=51), tmp_path / "phi")
+    state = torch.get_rng_state()
+    a = read(path).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.randn(3)
+    b = read(path).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "tensors,words",
+    [
+        ({"model.layers.1.self_attn.q_layernorm.bias": None}, ["missing", "q_layernorm.bias"]),
+        ({"model.layers.0.self_attn.k_proj.weight": torch.zeros(16, 32)}, ["another shape", "k_proj.weight"]),
+        ({"transformer.h.0.ln.weight": torch.zeros(32)}, ["unexpected", "transformer.h.0.ln.weight"]),
+        ({"model.embed_tokens.weight": None}, ["is not a Phi"]),
+        ({"model.layers.0.mlp.fc1.weight": torch.zeros(40, 32)}, ["another shape"]),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, tensors, words):
+    state = dict(phi().state_dict()) | tensors
+    (tmp_path / "phi").mkdir()
+    save_file({k: v.contiguous() for k, v in state.items() if v is not None}, tmp_path / "phi" / "model.safetensors")
+    (tmp_path / "phi" / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    with pytest.raises(UserError) as raised:
+        read(tmp_path / "phi")
+    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
+    assert os.listdir(tmp_path) == ["phi"]
+
+
+def test_an_ffn_that_experts_cannot_be_cut_from(tmp_path):
+    config = PhiConfig(vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
+    path = save(PhiForCausalLM(config), tmp_path / "phi")
+    with pytest.raises(UserError, match="width 40 is no multiple: use --dense"):
+        read(path)
+    assert read(path, dense=True).config.token_moe is None

@@ -1,0 +1,199 @@
+"""Phi-1.5 (microsoft/phi-1_5, PhiForCausalLM) to our transformer: the text model that Show-o began from.
+
+What Show-o did with it is done here. The layers are taken whole. Of its 51200 vocabulary rows the 50295 of its text
+tokens are; the others, which its tokenizer never gives out, are left, and special tokens, image codes and the mask
+token begin anew (normal, 0.02; bias 0). Phi-1.5 does not normalise queries and keys, Show-o does from the first step,
+with a LayerNorm that begins at scale 1 and shift 0: so does this, and the model is no longer Phi-1.5's function until
+it is trained. A Phi with `qk_layernorm` is taken exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from unif2ace.configs import ModelConfig, SequenceMoEConfig, TokenMoEConfig, VocabularyConfig
+from unif2ace.errors import UserError
+from unif2ace.importers.weights import Weights
+from unif2ace.model.transformer import Block, FeedForward, UniF2ace
+
+LICENCE = "MIT (as published at microsoft/phi-1_5)"
+NOT_PLACED = ("rotary_emb.inv_freq",)
+EXPERTS, TOP_K, PIECES = 8, 4, 16  # routed experts of each task, of them used, and FFN width / expert width
+TEXT_SLOTS = 129
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of a PhiForCausalLM tell: vocabulary rows, width, depth, heads, FFN width, q and k LayerNorm."""
+
+    rows: int
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    qk_norm: bool
+
+    @classmethod
+    def read(cls, weights: Weights, prefix: str, what: str) -> Sizes:
+        """Sizes from the names that begin with `prefix`.
+
+        Raises:
+            UserError: the tensors that tell them are not there.
+        """
+        first = f"{prefix}model.layers.0."
+        embedding, fc1, q_norm = (
+            weights.shapes.get(name)
+            for name in (
+                f"{prefix}model.embed_tokens.weight",
+                f"{first}mlp.fc1.weight",
+                f"{first}self_attn.q_layernorm.weight",
+            )
+        )
+        if embedding is None or fc1 is None or len(embedding) != 2:
+            some = ", ".join(sorted(weights.shapes)[:3])
+            raise UserError(f"{weights.path} is not {what}: it has no {prefix}model.embed_tokens.weight but {some}")
+        hidden = embedding[1]
+        heads = weights.settings().get("num_attention_heads", hidden // (q_norm[0] if q_norm else 64))
+        if not isinstance(heads, int) or heads < 1 or hidden % heads:
+            raise UserError(f"{weights.path}: {heads} heads do not divide the width {hidden}: check its config.json")
+        numbered = re.compile(re.escape(prefix) + r"model\.layers\.(\d+)\.")
+        found = {int(match[1]) for match in map(numbered.match, weights.shapes) if match}
+        return cls(embedding[0], hidden, max(found) + 1, heads, fc1[0], q_norm is not None)
+
+    def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Every name and shape of a PhiForCausalLM of these sizes."""
+        D, F, V = self.hidden, self.ffn, self.rows
+        matrices = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D, D), "self_attn.v_proj": (D, D)}
+        matrices |= {"self_attn.dense": (D, D), "mlp.fc1": (F, D), "mlp.fc2": (D, F)}
+        norms = {"input_layernorm": D}
+        if self.qk_norm:
+            norms |= {"self_attn.q_layernorm": D // self.heads, "self_attn.k_layernorm": D // self.heads}
+        shapes: dict[str, tuple[int, ...]] = {f"{prefix}model.embed_tokens.weight": (V, D)}
+        for layer in range(self.layers):
+            for name, shape in matrices.items():
+                shapes[f"{prefix}model.layers.{layer}.{name}.weight"] = shape
+                shapes[f"{prefix}model.layers.{layer}.{name}.bias"] = shape[:1]
+            for name, channels in norms.items():
+                for kind in ("weight", "bias"):
+                    shapes[f"{prefix}model.layers.{layer}.{name}.{kind}"] = (channels,)
+        for kind in ("weight", "bias"):
+            shapes[f"{prefix}model.final_layernorm.{kind}"] = (D,)
+        return shapes | {f"{prefix}lm_head.weight": (V, D), f"{prefix}lm_head.bias": (V,)}
+
+    def config(self, vocabulary: VocabularyConfig, image_tokens: int, *, dense: bool = False) -> ModelConfig:
+        """Our config of this backbone: with experts at their function-preserving start, or without any (`dense`)."""
+        token = None
+        if not dense:
+            if self.ffn % PIECES:
+                raise UserError(
+                    f"experts are {PIECES}ths of an FFN, and its width {self.ffn} is no multiple: use --dense"
+                )
+            width = self.ffn // PIECES
+            token = TokenMoEConfig((EXPERTS, EXPERTS), TOP_K, width=width, shared_width=self.ffn)
+        base = ModelConfig.base()
+        return ModelConfig(
+            vocabulary=vocabulary,
+            hidden=self.hidden,
+            layers=self.layers,
+            heads=self.heads,
+            parallel_block=True,
+            ffn=self.ffn,
+            image_tokens=image_tokens,
+            text_slots=TEXT_SLOTS,
+            image_positions=False,
+            identity=base.identity,
+            semantic=base.semantic,
+            token_moe=token,
+            sequence_moe=None if dense else SequenceMoEConfig(),
+        )
+
+
+@torch.no_grad()
+def build(config: ModelConfig, weights: Weights, prefix: str, sizes: Sizes, rows: int, seed: int = 0) -> UniF2ace:
+    """Our transformer with the backbone's weights, `rows` of its vocabulary, and experts that change nothing yet.
+
+    What the backbone has not (routers, resamplers, further vocabulary rows) is drawn from `seed`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UniF2ace(config).eval()
+    model.embedding.weight[:rows] = weights[f"{prefix}model.embed_tokens.weight"][:rows]
+    model.head.weight[:rows] = weights[f"{prefix}lm_head.weight"][:rows]
+    model.head.bias[:rows] = weights[f"{prefix}lm_head.bias"][:rows]
+
+    def take(module: torch.nn.Module, name: str) -> None:
+        for kind in ("weight", "bias"):
+            getattr(module, kind).copy_(weights[f"{prefix}model.{name}.{kind}"])
+
+    take(model.norm, "final_layernorm")
+    for number, block in enumerate(cast(list[Block], list(model.blocks))):
+        layer = f"layers.{number}"
+        take(block.norm, f"{layer}.input_layernorm")
+        take(block.attention.out, f"{layer}.self_attn.dense")
+        if sizes.qk_norm:
+            take(block.attention.q_norm, f"{layer}.self_attn.q_layernorm")
+            take(block.attention.k_norm, f"{layer}.self_attn.k_layernorm")
+        for kind in ("weight", "bias"):
+            each = [weights[f"{prefix}model.{layer}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            getattr(block.attention.qkv, kind).copy_(torch.cat(each))
+        if isinstance(block.ffn, FeedForward):
+            take(block.ffn.w_in, f"{layer}.mlp.fc1")
+            take(block.ffn.w_out, f"{layer}.mlp.fc2")
+        else:
+            names = (f"{layer}.mlp.{name}.{kind}" for name in ("fc1", "fc2") for kind in ("weight", "bias"))
+            block.ffn.load_dense(*(weights[f"{prefix}model.{name}"].float() for name in names))
+        if block.sequence is not None:
+            block.sequence.start_as_identity()
+    return model
+
+
+def import_phi(
+    path: Path, *, text: int = 50295, codes: int = 8192, image_tokens: int = 256, dense: bool = False
+) -> tuple[UniF2ace, list[str]]:
+    """Read a PhiForCausalLM.
+
+    Args:
+        path: a file of weights, an index of shards, or the folder of either.
+        text: tokens that its tokenizer gives out, the first rows of its vocabulary.
+        codes: of the image tokenizer to come. image_tokens: of one face.
+        dense: without experts at either level.
+
+    Returns:
+        The model, and lines that say what went where.
+
+    Raises:
+        UserError: it is not one, whole and of one shape throughout.
+    """
+    weights = Weights(path)
+    sizes = Sizes.read(weights, "", "a Phi")
+    if sizes.rows < text:
+        raise UserError(f"{path}: its vocabulary has {sizes.rows} rows, fewer than the {text} text tokens asked for")
+    unplaced = weights.check(sizes.shapes(""), "a Phi", NOT_PLACED)
+    config = sizes.config(VocabularyConfig(text, codes), image_tokens, dense=dense)
+    model = build(config, weights, "", sizes, text)
+    told = [
+        f"licence: {weights.licence(LICENCE)}",
+        f"placed: {sizes.layers} layers, text tokens 0 to {text - 1}",
+        f"begun anew: the vocabulary's other {config.vocabulary.size - text} rows",
+        f"left: {sizes.rows - text} rows that no text token uses",
+    ]
+    if not sizes.qk_norm:
+        told.append(
+            "changed: queries and keys are normalised as in Show-o, which this Phi does not do: train before use"
+        )
+    return model, told + not_placed(unplaced) + experts_told(config)
+
+
+def not_placed(names: list[str]) -> list[str]:
+    return [f"not placed: {', '.join(names)}"] if names else []
+
+
+def experts_told(config: ModelConfig) -> list[str]:
+    if config.token_moe is None:
+        return ["experts: none"]
+    return ["experts: at a start that changes nothing: the shared ones are the FFN, the others answer zero or copy"]
