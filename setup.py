@@ -207,7 +207,10 @@ EXTRAS = {
         "numpy", "pillow", "matplotlib", "tqdm", "openvino", "opencv-python-headless", "scipy", "tokenizers",
         "safetensors",
     ],
-    "dev": ["pytest", "ruff", "mypy", "numpy", "scipy", "pybind11", "setuptools", "triton; platform_system == 'Linux'"],
+    "dev": [
+        "pytest", "ruff", "mypy", "numpy", "scipy", "pybind11", "setuptools", "transformers",
+        "triton; platform_system == 'Linux'",
+    ],
 }
 
 setup(

@@ -33,6 +33,7 @@ class GroupedMoE(nn.Module):
         balance_coef: lambda, one for all groups or one each.
         z_coef, normalize, scoring: see `route`. "sigmoid" comes with a `selection_bias` buffer, moved by
             `balance_selection` as in DeepSeek-V3.
+        routed_scale: factor of the routed experts' weights (DeepSeek-V3's routed_scaling_factor).
 
     Shapes of the parameters, E = all routed experts, A = E + G * shared_width / F, F' = 2F for gated activations:
         router_weight [E, D], experts_w_in [A, D, F'], experts_b_in [A, F'], experts_w_out [A, F, D],
@@ -59,6 +60,7 @@ class GroupedMoE(nn.Module):
         z_coef: float = 0.0,
         normalize: bool = True,
         scoring: str = "softmax",
+        routed_scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +76,7 @@ class GroupedMoE(nn.Module):
         self.hidden, self.expert_width, self.group_sizes, self.top_k = hidden, expert_width, sizes, top_k
         self.shared = shared_width // expert_width
         self.activation, self.scoring, self.normalize = activation, scoring, normalize
-        self.balance_coef, self.z_coef = balance_coef, z_coef
+        self.balance_coef, self.z_coef, self.routed_scale = balance_coef, z_coef, routed_scale
 
         total = sum(sizes) + groups * self.shared
         in_width = expert_width * (2 if activation in GATED else 1)
@@ -117,6 +119,9 @@ class GroupedMoE(nn.Module):
             balance_coef=self.balance_coef, normalize=self.normalize, scoring=self.scoring,
             selection_bias=self.selection_bias, z_coef=self.z_coef,
         )  # fmt: skip
+        if self.routed_scale != 1:
+            routed, always = routing.weight.split([self.top_k, self.shared], 1)
+            routing = routing._replace(weight=torch.cat([self.routed_scale * routed, always], 1))
         y = experts(
             tokens, routing, self.experts_w_in, self.experts_b_in, self.experts_w_out, self.experts_b_out,
             activation=self.activation,
