@@ -18,17 +18,9 @@ TOKEN_STREAM, REMASK_STREAM, NOISE_STREAM = 0, 1, 2
 
 
 def _multiply_high_low(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * b; the 64-bit product wraps, so it is put together from 16-bit halves of a."""
-    low_part, high_part = (a & 0xFFFF) * b, (a >> 16) * b
-    middle = (low_part >> 16) + high_part
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
-
-
-def _on(device: torch.device, value: torch.Tensor | int) -> torch.Tensor:
-    """`value` as int64 on `device`; a number is filled in there, since a copy to a GPU could not be captured."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device=device, dtype=torch.int64)
-    return torch.full((), value, dtype=torch.int64, device=device)
+    """High and low 32 bits of a * b: the int64 product wraps to the 64 bits of the unsigned one."""
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def philox(
@@ -46,7 +38,7 @@ def philox(
     """
     tensors = [each for each in (*key, *counter) if isinstance(each, torch.Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
-    words = [_on(device, each) & _MASK for each in (*key, *counter)]
+    words = [torch.as_tensor(each, dtype=torch.int64, device=device) & _MASK for each in (*key, *counter)]
     k0, k1, c0, c1, c2, c3 = torch.broadcast_tensors(*words)
     for _ in range(10):
         high0, low0 = _multiply_high_low(_M0, c0)
@@ -88,7 +80,7 @@ def words_at(
         int64 tensor of the broadcast shape with values in [0, 2**32).
     """
     words = torch.stack(philox(split_seed(_scalar(seed)), (column >> 2, row, _scalar(offset), stream)), -1)
-    lane = _on(words.device, column) & 3
+    lane = torch.as_tensor(column, device=words.device) & 3
     return words.gather(-1, lane.expand(words.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
 
@@ -170,7 +162,7 @@ def exponential(words: torch.Tensor) -> torch.Tensor:
     is_small = words < LOG1P_BELOW
     u = (torch.where(is_small, words, words ^ _MASK).to(torch.float32) + 0.5) * 2.0**-32
     exponent, fraction = _split_float(u)
-    return _minus_log_of(exponent.masked_fill(is_small, 0), torch.where(is_small, 0.0 - u, fraction))
+    return _minus_log_of(torch.where(is_small, 0, exponent), torch.where(is_small, 0.0 - u, fraction))
 
 
 def gumbel(words: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from unif2ace_kernels import d3diff
 from unif2ace_kernels._library import explain
-from unif2ace_kernels.d3diff import head
+from unif2ace_kernels.d3diff import head, rows_torch
 
 CODES = (6, 20)
 B, N, D, V = 3, 10, 8, 23
@@ -76,9 +76,9 @@ def test_penalty_beyond_the_exponent_s_range():
     (gradient,) = torch.autograd.grad(value, logits)
     assert math.isfinite(value.item()) and bool(gradient.isfinite().all()) and bool((gradient[0, 8:20] > 0).all())
     u = torch.tensor([-3.0, 0.0, 1e-5, 70.0], dtype=torch.float64)
-    torch.testing.assert_close(head.penalty(u), torch.expm1(u) - u, rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(rows_torch.penalty(u), torch.expm1(u) - u, rtol=1e-12, atol=1e-16)
     beyond = torch.tensor([79.0, 90.0], dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(head.penalty(beyond).sum(), beyond)
+    (slope,) = torch.autograd.grad(rows_torch.penalty(beyond).sum(), beyond)
     torch.testing.assert_close(slope, torch.expm1(beyond.detach().clamp(max=80.0)), rtol=1e-12, atol=0)
 
 
@@ -86,8 +86,8 @@ def test_chunks_change_nothing_but_rounding(monkeypatch):
     inputs = problem(1)
     for score in ("unnormalized", "full_vocab"):
         whole = run(inputs, score=score)
-        monkeypatch.setattr(head, "MIN_CHUNK_ROWS", 3)
-        monkeypatch.setattr(head, "CHUNK_BYTES", 0)
+        monkeypatch.setattr(head, "CHUNK_BYTES", 3 * V * 8)
+        monkeypatch.setattr(head, "CHUNK_SHARE_OF_WEIGHT", 1000)
         parts = run(inputs, score=score)
         monkeypatch.undo()
         torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-13)

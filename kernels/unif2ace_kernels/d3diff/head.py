@@ -1,12 +1,9 @@
-"""Torch implementation of the fused head: loss and gradients of labelled rows, logits of one chunk at a time.
+"""The fused head: loss and gradients of labelled rows, logits of one chunk of rows at a time.
 
 Shapes: T rows, M <= T of them labelled, D hidden, V vocabulary, C = end - start columns of the row's softmax.
-With p = softmax(z), d = onehot(target), u = lse + shift and P = sum of p over the codes, one row's loss is
-
-    a CE + b (e^u - 1 - u) + c P,        dl/dz = a (kappa p - d) + c p (1[code] - P),    kappa = 1 + (b / a)(e^u - 1)
-
-The loss is a sum over rows, so its gradients are known as soon as the logits are: three matrix products in all,
-with neither logits kept for the backward nor a second product to make them again.
+The loss is a sum over rows whose weights are known beforehand, so its gradients are known as soon as the logits are:
+three matrix products in all, with neither logits kept for the backward nor a second product to make them again. What
+happens to the logits between the products is the op d3diff_rows, compiled where it can be.
 """
 
 from __future__ import annotations
@@ -16,14 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from .objective import Coefficients
+from .rows_torch import MAX_EXPONENT as MAX_EXPONENT
+from .rows_torch import accumulation_dtype
+from .rows_torch import code_columns as code_columns
 
-# Float32 logits of a chunk. With less, the sum for the weight's gradient passes over memory too often; more gains
-# little (change it and run python -m benchmarks.run --op d3diff.loss).
-CHUNK_BYTES = 16 << 20
-MIN_CHUNK_ROWS = 128
-# e^u goes on as its tangent beyond this, in value and gradient alike, so that float32 neither overflows nor lies.
-MAX_EXPONENT = 80.0
+# Logits of a chunk: these bytes, which stay in cache and cost few fresh pages, or where that is more a share of the
+# bytes of the weight's gradient in the dtype of accumulation, over which each chunk passes once. Change them and run
+# python -m benchmarks.run --op d3diff.loss.
+CHUNK_BYTES = 8 << 20
+CHUNK_SHARE_OF_WEIGHT = 2
 
 
 class HeadOutputs(NamedTuple):
@@ -46,78 +44,6 @@ class HeadOutputs(NamedTuple):
     grad_bias: torch.Tensor
 
 
-class RowTerms(NamedTuple):
-    """Softmax statistics of a chunk of rows, [M] each; p is [M, C], mass is P (0 where there are no codes)."""
-
-    p: torch.Tensor
-    ce: torch.Tensor
-    lse: torch.Tensor
-    mass: torch.Tensor
-    hit: torch.Tensor
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def row_terms_(z: torch.Tensor, target: torch.Tensor, codes: tuple[int, int]) -> RowTerms:
-    """Statistics of logits z [M, C], targets and codes counted from column 0; p takes the memory of z."""
-    top = z.amax(-1)
-    if z.device.type == "cpu" and bool(torch.isneginf(top).any()):
-        raise ValueError("logits: expected a logit above -inf in every row, got a row of -inf")
-    at_target = z.gather(-1, target[:, None])[:, 0]
-    p = torch.softmax(z, -1, out=z)
-    # The largest p is 1 / sum(exp(z - top)) in [1 / C, 1]: its log never underflows, unlike log p_target.
-    log_sum = -torch.log(p.amax(-1))
-    mass = p[:, codes[0] : codes[1]].sum(-1)
-    return RowTerms(p, (top - at_target) + log_sum, top + log_sum, mass, at_target >= top)
-
-
-def code_columns(codes: Sequence[int], start: int, mass_weight: torch.Tensor | None) -> tuple[int, int]:
-    """The codes counted from column `start`; none of them where P is not asked for."""
-    return (0, 0) if mass_weight is None else (codes[0] - start, codes[1] - start)
-
-
-def exponent(lse: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    """u = lse + shift."""
-    return lse if shift is None else lse + shift
-
-
-def penalty(u: torch.Tensor) -> torch.Tensor:
-    """e^u - 1 - u >= 0, the tangent of e^u taken beyond MAX_EXPONENT."""
-    low = u.clamp(max=MAX_EXPONENT)
-    return torch.expm1(low) + torch.exp(low) * (u - low) - u
-
-
-def row_losses(terms: RowTerms, row: Coefficients) -> torch.Tensor:
-    """a CE + b (e^u - 1 - u) + c P, [M]; a row of weight 0 is 0 even where CE is infinite."""
-    loss = torch.where(row.ce == 0, 0, row.ce * terms.ce)
-    if row.penalty is not None:
-        loss = loss + torch.where(row.penalty == 0, 0, row.penalty * penalty(exponent(terms.lse, row.shift)))
-    if row.mass is not None:
-        loss = loss + row.mass * terms.mass
-    return loss
-
-
-def logit_gradient_(
-    terms: RowTerms, target: torch.Tensor, row: Coefficients, codes: tuple[int, int]
-) -> torch.Tensor:
-    """G / a [M, C] in place of p; rows with a = 0 are 0, as b and c are multiples of a's parts."""
-    p, inverse = terms.p, torch.where(row.ce == 0, 0, 1 / row.ce)
-    if row.penalty is not None:
-        u = exponent(terms.lse, row.shift)
-        kappa = 1 + row.penalty * inverse * torch.expm1(u.clamp(max=MAX_EXPONENT))
-        p.mul_(kappa[:, None])
-    if row.mass is not None:
-        pull = row.mass * inverse
-        inside = 1 + pull * (1 - terms.mass)
-        outside = 1 - pull * terms.mass
-        p[:, codes[0] : codes[1]].mul_(inside[:, None])
-        p[:, : codes[0]].mul_(outside[:, None])
-        p[:, codes[1] :].mul_(outside[:, None])
-    return p.scatter_add_(1, target[:, None], p.new_full((), -1.0).expand(p.shape[0], 1))
-
-
 def head_torch(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -137,7 +63,7 @@ def head_torch(
     grad_weight: bool,
     grad_bias: bool,
 ) -> HeadOutputs:
-    """Torch implementation of `unif2ace::d3diff_head`; see ops.py for the arguments."""
+    """Implementation of `unif2ace::d3diff_head` over torch's products; see ops.py for the arguments."""
     dtype = accumulation_dtype(compute_dtype)
     rows_total, features = hidden.shape
     first, columns = min(starts), max(ends) - min(starts)
@@ -145,70 +71,69 @@ def head_torch(
     ce, lse, mass = (hidden.new_zeros(rows_total, dtype=dtype) for _ in range(3))
     hit = torch.zeros(rows_total, dtype=torch.bool, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if grad_hidden else hidden.new_empty(0)
-    d_weight = hidden.new_zeros((columns, features) if grad_weight else 0, dtype=dtype)
+    d_weight = _WeightGradient(weight, columns if grad_weight else 0, compute_dtype)
     d_bias = hidden.new_zeros(columns if grad_bias else 0, dtype=dtype)
     any_grad = grad_hidden or grad_weight or grad_bias
-    coefficients = Coefficients(ce_weight, penalty_weight, shift, mass_weight)
 
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
         labelled = targets != ignore_index if group is None else (targets != ignore_index) & (group == index)
         rows = labelled.nonzero()[:, 0]
+        inside = slice(start - first, end - first)
         w = weight[start:end].to(compute_dtype)
         b = None if bias is None else bias[start:end].to(dtype)
-        local_codes = code_columns(codes, start, mass_weight)
-        for chunk, buffers in _chunks(rows, end - start, compute_dtype, dtype):
-            x = hidden.index_select(0, chunk).to(compute_dtype)
-            target = targets.index_select(0, chunk) - start
-            row = coefficients.at(chunk, dtype)
-            terms = row_terms_(_logits(x, w, b, buffers), target, local_codes)
-            loss += row_losses(terms, row).sum(dtype=torch.float64)
-            ce[chunk], lse[chunk], mass[chunk], hit[chunk] = terms.ce, terms.lse, terms.mass, terms.hit
-            if not any_grad:
-                continue
-            g = logit_gradient_(terms, target, row, local_codes)
-            if grad_bias:
-                d_bias[start - first : end - first].addmv_(g.t(), row.ce)
-            g = torch.mul(g, row.ce[:, None], out=g if buffers.low is None else buffers.low)
+        only = len(starts) == 1
+        for chunk, z in _chunks(rows, w):
+            x = (hidden if chunk.numel() == rows_total else hidden.index_select(0, chunk)).to(compute_dtype)
+            torch.mm(x, w.t(), out=z)
+            loss += torch.ops.unif2ace.d3diff_rows(
+                z, b, chunk, targets, ce_weight, penalty_weight, shift, mass_weight, ce, lse, mass, hit,
+                d_bias[inside] if grad_bias else None, start, codes, any_grad,
+            )  # fmt: skip
             if grad_hidden:
-                d_hidden[chunk] = (g @ w).to(hidden.dtype)
+                d_hidden.index_copy_(0, chunk, torch.mm(z, w).to(hidden.dtype))
             if grad_weight:
-                part = d_weight[start - first : end - first]
-                if part.dtype == compute_dtype:
-                    part.addmm_(g.t(), x)
-                else:
-                    part += g.t() @ x
+                d_weight.add(z, x, inside, whole=only and chunk.numel() == rows.numel())
     return HeadOutputs(
-        loss.to(dtype), ce, lse, mass, hit, d_hidden, d_weight.to(weight.dtype),
+        loss.to(dtype), ce, lse, mass, hit, d_hidden, d_weight.result(),
         d_bias if bias is None else d_bias.to(bias.dtype),
     )  # fmt: skip
 
 
-class _Buffers(NamedTuple):
-    """Chunk-sized [m, C] memory, allocated once: fresh pages for each chunk cost more than a pass over it."""
+class _WeightGradient:
+    """Sum of g^T x over chunks: [C, D] in the accumulation dtype, or at once in the weight's for a single chunk."""
 
-    z: torch.Tensor
-    low: torch.Tensor | None
+    def __init__(self, weight: torch.Tensor, columns: int, compute_dtype: torch.dtype) -> None:
+        self._weight, self._columns, self._dtype = weight, columns, accumulation_dtype(compute_dtype)
+        self._sum: torch.Tensor | None = None
+
+    def add(self, g: torch.Tensor, x: torch.Tensor, rows: slice, *, whole: bool) -> None:
+        """Add g^T x [C', D] to its `rows`; `whole`: this is all there is to add, and `rows` are all rows."""
+        if whole:
+            self._sum = torch.mm(g.t(), x)
+            return
+        if self._sum is None:
+            self._sum = self._weight.new_zeros(self._columns, x.shape[1], dtype=self._dtype)
+        if g.dtype == self._dtype:
+            self._sum[rows].addmm_(g.t(), x)
+        else:
+            self._sum[rows] += torch.mm(g.t(), x)
+
+    def result(self) -> torch.Tensor:
+        """In the weight's dtype."""
+        if self._sum is None:
+            return self._weight.new_zeros((self._columns, self._weight.shape[1]) if self._columns else 0)
+        return self._sum.to(self._weight.dtype)
 
 
-def _chunks(
-    rows: torch.Tensor, columns: int, compute_dtype: torch.dtype, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, _Buffers]]:
+def _chunks(rows: torch.Tensor, w: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of a chunk and memory [m, C] for their logits, allocated once: fresh pages cost more than a pass."""
     total = rows.numel()
     if total == 0:
         return
-    count = -(-total // max(MIN_CHUNK_ROWS, CHUNK_BYTES // (dtype.itemsize * columns)))
-    size = -(-total // count)
-    z = torch.empty(size, columns, dtype=dtype, device=rows.device)
-    low = None if compute_dtype == dtype else torch.empty_like(z, dtype=compute_dtype)
+    share = w.numel() * accumulation_dtype(w.dtype).itemsize // CHUNK_SHARE_OF_WEIGHT
+    size = max(1, max(CHUNK_BYTES, share) // (w.element_size() * w.shape[0]))
+    size = -(-total // -(-total // size))
+    z = w.new_empty(size, w.shape[0])
     for begin in range(0, total, size):
         chunk = rows[begin : begin + size]
-        m = chunk.numel()
-        yield chunk, _Buffers(z[:m], None if low is None else low[:m])
-
-
-def _logits(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, buffers: _Buffers) -> torch.Tensor:
-    """x w^T + b in the accumulation dtype; the product of half types is rounded to them before the bias."""
-    if buffers.low is None:
-        return torch.mm(x, w.t(), out=buffers.z) if b is None else torch.addmm(b, x, w.t(), out=buffers.z)
-    torch.mm(x, w.t(), out=buffers.low)
-    return buffers.z.copy_(buffers.low) if b is None else torch.add(buffers.low, b, out=buffers.z)
+        yield chunk, z[: chunk.numel()]

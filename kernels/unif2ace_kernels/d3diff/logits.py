@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .head import RowTerms, accumulation_dtype, code_columns, logit_gradient_, row_losses, row_terms_
 from .objective import Coefficients
+from .rows_torch import RowTerms, accumulation_dtype, code_columns, logit_gradient_, row_losses, row_terms_
 
 
 def logits_torch(
@@ -63,5 +63,5 @@ def logits_backward_torch(
     row = Coefficients(ce_weight, penalty_weight, shift, mass_weight).at(rows, dtype)
     local_codes = code_columns(codes, start, mass_weight)
     g = logit_gradient_(terms, targets.index_select(0, rows) - start, row, local_codes)
-    gradient[rows, start:end] = (g * (row.ce * grad_loss)[:, None]).to(logits.dtype)
+    gradient[rows, start:end] = (g * grad_loss).to(logits.dtype)
     return gradient

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .._checks import expect, expect_tensor
-from .head import accumulation_dtype, exponent, penalty
 from .objective import Coefficients, Objective, RowWeights, mean_rows, row_weights
 from .ops import head_op, logits_op, noise_op
+from .rows_torch import accumulation_dtype, exponent, penalty
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,6 +53,7 @@ def noise(
     seed: int,
     offset: int = 0,
     first_row: int = 0,
+    check_values: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask tokens of each row: the forward process that the loss is trained under.
 
@@ -65,16 +67,17 @@ def noise(
         exact_count: mask round(N m) positions (half to even, at least one), a uniformly random subset, as Show-o
             does; otherwise each position on its own with probability m.
         seed: 64 bits. offset: the training step, in [0, 2**32). first_row: index of row 0 in the whole batch.
+        check_values: look at the contents of mask_prob. None: on CPU, unless compiling. On CUDA it synchronises.
 
     Returns:
         noised int64 [B, N] and mask bool [B, N], true where a token was replaced.
 
     Raises:
-        ValueError: wrong shapes, dtypes or devices; on CPU also m outside (0, 1].
+        ValueError: wrong shapes, dtypes or devices; with checks also m outside (0, 1].
     """
     expect_tensor(tokens, "tokens", shape=("B", "N"), dtypes=(torch.int64,))
     expect_tensor(mask_prob, "mask_prob", shape=(tokens.shape[0],), dtypes=_FLOATS, device_of=("tokens", tokens))
-    if _may_look(mask_prob, None):
+    if _may_look(mask_prob, check_values):
         _expect_probabilities(mask_prob)
     return noise_op(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row)
 
@@ -104,15 +107,15 @@ def loss(
         mask_prob: [B], m in (0, 1] of each sample.
         sample_id: int64 [T], the sample of each row, not decreasing; None with [B, N, D].
         objective: what to compute; or its fields as keywords: ``code_range=(start, end), alpha=0.01, score="radd"``.
-        check_values: look at the contents of targets, mask_prob and sample_id. None: on CPU, unless compiling. On
-            CUDA it synchronises.
+        check_values: look at the contents of targets, mask_prob and sample_id, and for rows of -inf. None: on CPU,
+            unless compiling. True: on any device, where it synchronises, and a row that is not finite raises too.
 
     Returns:
         (loss, stats): a float32 scalar (float64 for float64 inputs) and `LossStats`.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value; with checks also m outside (0, 1], a target outside
-            its range, a sample id outside [0, B) or out of order; on CPU also a row whose logits are all -inf.
+            its range, a sample id outside [0, B) or out of order, a row whose logits are all -inf.
 
     Source: UniF2ace, L_D3Diff; Lou et al., SEDD (2024), score entropy; the readings are in the room's README.
     """
@@ -122,13 +125,16 @@ def loss(
     vocabulary = weight.shape[0]
     columns = objective.columns(vocabulary)
     valid = targets != ignore_index
-    if _may_look(hidden, check_values):
+    look = _may_look(hidden, check_values)
+    if look:
         _expect_targets(targets, valid, objective.target_range(vocabulary))
         _expect_samples(mask_prob, sample_id)
     rows = row_weights(objective, valid, mask_prob, sample_id, columns[1] - columns[0])
     weights = rows.combined(objective.ce_coef, objective.alpha)
     value, *terms = _head(hidden, weight, bias, targets, None, weights, [columns], objective.code_range, ignore_index)
-    return value, _stats(rows, valid, *terms)
+    if look:
+        _expect_logits(terms[1], strict=check_values is True)
+    return value, _stats(rows, *terms)
 
 
 def loss_from_logits(
@@ -148,13 +154,16 @@ def loss_from_logits(
     vocabulary = logits.shape[1]
     start, end = objective.columns(vocabulary)
     valid = targets != ignore_index
-    if _may_look(logits, check_values):
+    look = _may_look(logits, check_values)
+    if look:
         _expect_targets(targets, valid, objective.target_range(vocabulary))
         _expect_samples(mask_prob, sample_id)
     rows = row_weights(objective, valid, mask_prob, sample_id, end - start)
     weights, size = _normalised(rows.combined(objective.ce_coef, objective.alpha), logits.dtype)
     value, *terms = logits_op(logits, targets, *weights, start, end, objective.code_range, ignore_index)
-    return value * size, _stats(rows, valid, *terms)
+    if look:
+        _expect_logits(terms[1], strict=check_values is True)
+    return value if size is None else value * size, _stats(rows, *terms)
 
 
 def next_token_loss(
@@ -192,13 +201,16 @@ def next_token_loss(
     start, end = (0, weight.shape[0]) if columns is None else columns
     expect(0 <= start < end <= weight.shape[0], "columns", f"0 <= start < end <= V = {weight.shape[0]}", columns)
     valid = labels != ignore_index
-    if _may_look(hidden, check_values):
+    look = _may_look(hidden, check_values)
+    if look:
         _expect_targets(labels, valid, (start, end), "labels")
     rows = mean_rows(valid)
     value, *terms = _head(
         hidden, weight, bias, labels, None, rows.combined(1.0, 0.0), [(start, end)], (start, end), ignore_index
     )
-    return value, _stats(rows, valid, *terms)
+    if look:
+        _expect_logits(terms[1], strict=check_values is True)
+    return value, _stats(rows, *terms)
 
 
 def joint_loss(
@@ -234,6 +246,7 @@ def joint_loss(
         ValueError: as `loss`.
     """
     objective = _objective(objective, options)
+    expect_tensor(hidden, "hidden", shape=("T", "D"))
     hidden, targets, sample_id = _flatten(hidden, "hidden", targets, mask_prob, sample_id)
     expect_tensor(is_image, "is_image", shape=targets.shape, dtypes=(torch.bool,), device_of=("hidden", hidden))
     _check_head(hidden, weight, bias)
@@ -241,21 +254,27 @@ def joint_loss(
     columns = objective.columns(vocabulary)
     valid = targets != ignore_index
     image, text = valid & is_image, valid & ~is_image
-    if _may_look(hidden, check_values):
+    look = _may_look(hidden, check_values)
+    if look:
         _expect_targets(targets, image, objective.target_range(vocabulary))
         _expect_targets(targets, text, (0, vocabulary))
         _expect_samples(mask_prob, sample_id[is_image])
-    image_rows = row_weights(
-        objective, image, mask_prob, torch.where(is_image, sample_id, 0), columns[1] - columns[0]
-    )
+    image_rows = row_weights(objective, image, mask_prob, torch.where(is_image, sample_id, 0), columns[1] - columns[0])
     text_rows = mean_rows(text)
     weights = image_rows.combined(image_coef * objective.ce_coef, image_coef * objective.alpha)
-    weights = weights._replace(ce=weights.ce + text_coef * text_rows.mask)
+    of_text = text_rows.combined(text_coef, 0.0).ce
+    weights = weights._replace(
+        ce=torch.where(is_image, weights.ce, of_text),
+        penalty=None if weights.penalty is None else torch.where(is_image, weights.penalty, 0),
+        mass=None if weights.mass is None else torch.where(is_image, weights.mass, 0),
+    )
     value, *terms = _head(
         hidden, weight, bias, targets, (~is_image).to(torch.int64), weights, [columns, (0, vocabulary)],
         objective.code_range, ignore_index,
     )  # fmt: skip
-    return value, JointStats(_stats(image_rows, image, *terms), _stats(text_rows, text, *terms))
+    if look:
+        _expect_logits(terms[1], strict=check_values is True)
+    return value, JointStats(*(_stats(rows, *terms, one_of_two=True) for rows in (image_rows, text_rows)))
 
 
 def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -263,17 +282,19 @@ def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], ignore_index)], 1)
 
 
-def _normalised(weights: Coefficients, dtype: torch.dtype) -> tuple[Coefficients, torch.Tensor]:
-    """The weights over the largest A, and that A: gradients kept in half types then stay within their range."""
+def _normalised(weights: Coefficients, dtype: torch.dtype) -> tuple[Coefficients, torch.Tensor | None]:
+    """The weights in the dtype of accumulation; for float16 over the largest A, and that A, else None.
+
+    Gradients kept in float16 then stay within its range; bfloat16 has float32's.
+    """
+    size = None
+    if dtype == torch.float16:
+        size = torch.where(weights.ce.isfinite(), weights.ce, 0).amax().clamp(min=torch.finfo(torch.float32).tiny)
+        penalty, mass = (None if each is None else each / size for each in (weights.penalty, weights.mass))
+        weights = Coefficients(weights.ce / size, penalty, weights.shift, mass)
+        size = size.to(torch.float32)
     dtype = accumulation_dtype(dtype)
-    size = weights.ce.amax().clamp(min=torch.finfo(torch.float32).tiny)
-
-    def over_size(weight: torch.Tensor | None) -> torch.Tensor | None:
-        return None if weight is None else (weight / size).to(dtype)
-
-    shift = None if weights.shift is None else weights.shift.to(dtype)
-    ce = (weights.ce / size).to(dtype)
-    return Coefficients(ce, over_size(weights.penalty), shift, over_size(weights.mass)), size.to(dtype)
+    return Coefficients(*(None if each is None else each.to(dtype).contiguous() for each in weights)), size
 
 
 def _head(
@@ -298,30 +319,34 @@ def _head(
     value, ce, lse, mass, hit, *_ = head_op(
         hidden, weight, bias, targets, group, *weights, starts, ends, codes, ignore_index, compute_dtype, *asked
     )
-    return value * size, ce, lse, mass, hit
+    return value if size is None else value * size, ce, lse, mass, hit
 
 
 def _stats(
     rows: RowWeights,
-    valid: torch.Tensor,
     ce: torch.Tensor,
     lse: torch.Tensor,
     mass: torch.Tensor,
     hit: torch.Tensor,
+    *,
+    one_of_two: bool = False,
 ) -> LossStats:
-    ce, lse, mass = ce.detach(), lse.detach(), mass.detach()
+    """Means and sums over the task's rows; `one_of_two`: other rows have labels too."""
+    ce, lse, mass, share = ce.detach(), lse.detach(), mass.detach(), rows.share.to(ce.dtype)
+    if one_of_two:
+        ce, lse, hit = (torch.where(rows.valid, each, 0) for each in (ce, lse, hit))
 
-    def total(row: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return torch.where(row == 0, 0, row * value).sum()
+    def total(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        # A row of weight 0 is 0 even where its value is infinite; a row without a label has any weight.
+        return torch.where(rows.valid & (weight != 0), weight * value, 0).sum()
 
-    score = total(rows.score, ce)
+    score = torch.zeros_like(share) if rows.score is None else total(rows.score, ce)
     if rows.penalty is not None:
         score = score + total(rows.penalty, penalty(exponent(lse, rows.shift)))
     if rows.mass is not None:
         score = score + total(rows.mass, mass)
-    scalars = (total(rows.mask, ce), score, rows.constant.sum(), total(rows.mask, lse), total(rows.mask, hit))
-    mean_ce, score, constant, mean_lse, accuracy = (each.to(ce.dtype) for each in scalars)
-    return LossStats(mean_ce, score, constant, mean_lse, valid.sum(), accuracy)
+    constant = torch.zeros_like(share) if rows.constant is None else rows.constant.to(ce.dtype)
+    return LossStats(ce.sum() * share, score.to(ce.dtype), constant, lse.sum() * share, rows.count, hit.sum() * share)
 
 
 def _objective(objective: Objective | None, options: dict) -> Objective:
@@ -348,15 +373,15 @@ def _flatten(
     targets: torch.Tensor,
     mask_prob: torch.Tensor,
     sample_id: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[T, *], [T] and the sample of each row, from either layout."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """[T, *], [T] and the sample of each row, from either layout; None where sample b is row b of [B, N, *]."""
     flat = _flatten_labels(rows, name, targets, "targets")
     batch = rows.shape[0] if rows.dim() == 3 and sample_id is None else "B"
     expect_tensor(mask_prob, "mask_prob", shape=(batch,), dtypes=_FLOATS, device_of=(name, rows))
     expect(mask_prob.shape[0] > 0, "mask_prob", "at least one sample", "shape [0]")
     if sample_id is None:
         expect(rows.dim() == 3, "sample_id", f"int64 [T] with {name} [T, *]", None)
-        return *flat, torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+        return *flat, None
     expect_tensor(sample_id, "sample_id", shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows))
     return *flat, sample_id.reshape(-1)
 
@@ -374,24 +399,41 @@ def _may_look(tensor: torch.Tensor, check_values: bool | None) -> bool:
 
 
 def _expect_probabilities(mask_prob: torch.Tensor) -> None:
-    good = (mask_prob > 0) & (mask_prob <= 1)
-    if not bool(good.all()):
-        expect(False, "mask_prob", "values in (0, 1]", mask_prob[~good][:4].tolist())
+    if mask_prob.numel() == 0:
+        return
+    low, high = (each.item() for each in mask_prob.aminmax())
+    if not (low > 0 and high <= 1):  # a NaN is neither
+        bad = mask_prob[~((mask_prob > 0) & (mask_prob <= 1))]
+        expect(False, "mask_prob", "values in (0, 1]", bad[:4].tolist())
 
 
 def _expect_targets(
     targets: torch.Tensor, valid: torch.Tensor, allowed: tuple[int, int], name: str = "targets"
 ) -> None:
-    bad = valid & ((targets < allowed[0]) | (targets >= allowed[1]))
-    if bool(bad.any()):
+    low, high = (each.item() for each in torch.where(valid, targets, allowed[0]).aminmax())
+    if low < allowed[0] or high >= allowed[1]:
+        bad = targets[valid & ((targets < allowed[0]) | (targets >= allowed[1]))]
         wanted = f"tokens in [{allowed[0]}, {allowed[1]}) or ignore_index"
-        expect(False, name, wanted, targets[bad][:4].tolist())
+        expect(False, name, wanted, bad[:4].tolist())
 
 
-def _expect_samples(mask_prob: torch.Tensor, sample_id: torch.Tensor) -> None:
+def _expect_samples(mask_prob: torch.Tensor, sample_id: torch.Tensor | None) -> None:
     _expect_probabilities(mask_prob)
+    if sample_id is None or sample_id.numel() == 0:
+        return
     bad = (sample_id < 0) | (sample_id >= mask_prob.shape[0])
     if bool(bad.any()):
         expect(False, "sample_id", f"values in [0, B = {mask_prob.shape[0]})", sample_id[bad][:4].tolist())
     if bool((sample_id[1:] < sample_id[:-1]).any()):
         expect(False, "sample_id", "rows of a sample together, in order", "a smaller id after a larger one")
+
+
+def _expect_logits(lse: torch.Tensor, *, strict: bool) -> None:
+    """No labelled row of -inf alone; `strict`: nothing that is not finite either. Rows without a label have lse 0."""
+    low, high = (each.item() for each in lse.detach().aminmax())
+    if low == -math.inf:
+        rows = (lse == -torch.inf).nonzero()[:4, 0].tolist()
+        expect(False, "logits", "a logit above -inf in every row", f"-inf alone in rows {rows}")
+    if strict and not (low > -math.inf and high < math.inf):
+        rows = (~lse.isfinite()).nonzero()[:4, 0].tolist()
+        expect(False, "logits", "finite values in every labelled row", f"NaN or inf in rows {rows}")

@@ -92,68 +92,88 @@ class Coefficients(NamedTuple):
 
 
 class RowWeights(NamedTuple):
-    """Coefficients of T rows: float64 [T], 0 in rows without a label, or None where the reading has no such term.
+    """What the rows of one task weigh, as float64 [T], or None where the reading has no such term.
+
+    Only rows with a label count: values elsewhere mean nothing.
 
     Attributes:
-        mask: of CE in the mask term, 1 / M; score: of CE in the score term (reduction included, alpha not).
+        valid: bool [T], rows with a label.
+        count: their number, int64; share: 1 / max(count, 1), CE's weight in the mask term. Scalars.
+        score: of CE in the score term (reduction included, alpha not); None: the task has no score term.
         penalty: of e^u - 1 - u, u = lse + shift; mass: of P. Both in the score term.
-        constant: what the row adds to the score term without theta.
+        constant: what the rows add to the score term without theta, a scalar.
     """
 
-    mask: torch.Tensor
-    score: torch.Tensor
+    valid: torch.Tensor
+    count: torch.Tensor
+    share: torch.Tensor
+    score: torch.Tensor | None
     penalty: torch.Tensor | None
     shift: torch.Tensor | None
     mass: torch.Tensor | None
-    constant: torch.Tensor
+    constant: torch.Tensor | None
 
     def combined(self, ce_coef: float, alpha: float) -> Coefficients:
         """A, B, shift and C of the whole loss."""
+        ce = ce_coef * self.share
+        ce = ce.expand(self.valid.shape) if self.score is None else torch.add(ce, self.score, alpha=alpha)
         penalty = None if self.penalty is None else alpha * self.penalty
         mass = None if self.mass is None else alpha * self.mass
-        return Coefficients(ce_coef * self.mask + alpha * self.score, penalty, self.shift, mass)
+        return Coefficients(ce, penalty, self.shift, mass)
 
 
 def row_weights(
-    objective: Objective, valid: torch.Tensor, mask_prob: torch.Tensor, sample_id: torch.Tensor, columns: int
+    objective: Objective,
+    valid: torch.Tensor,
+    mask_prob: torch.Tensor,
+    sample_id: torch.Tensor | None,
+    columns: int,
 ) -> RowWeights:
-    """Coefficients of T rows of which `valid` [T] have a label; mask_prob [B], sample_id [T], C = `columns`."""
+    """Weights of T rows of which `valid` [T] have a label; C = `columns`.
+
+    mask_prob [B]; sample_id [T], or None where each of the B samples has T / B rows in order.
+    """
     m = mask_prob.to(torch.float64)
-    time_weight = schedule(objective.schedule).score_weight(m)
-    sigma = torch.where(m < 1, time_weight * m / (1 - m), torch.inf)  # w is 0 at m = 1 under cosine, sigma' is not
-
-    if objective.score == "bayes":
-        weight = sigma / m if objective.bayes_sigma else 1 / m
-    else:
-        weight = time_weight
-    if objective.max_weight is not None:
-        weight = weight.clamp(max=objective.max_weight)
-
-    count = valid.sum().clamp(min=1)
-    divisor = m.numel() if objective.score_reduction == "sum_per_sample" else count
-    valid = valid.to(torch.float64)
+    count, share = _count_and_share(valid)
 
     def rows(per_sample: torch.Tensor) -> torch.Tensor:
-        return torch.where(valid > 0, per_sample[sample_id] / divisor, 0)
+        if sample_id is not None:
+            return per_sample[sample_id]
+        return per_sample[:, None].expand(-1, valid.numel() // m.numel()).reshape(-1)
 
-    score = rows(weight)
-    penalty = shift = mass = None
-    constant = torch.zeros_like(score)
+    def total(per_sample: torch.Tensor) -> torch.Tensor:
+        return torch.where(valid, rows(per_sample), 0).sum()
+
+    weight = 1 / m if objective.score == "bayes" else schedule(objective.schedule).score_weight(m)
+    if objective.score == "paper" or objective.bayes_sigma:
+        # w is 0 at m = 1 under cosine, sigma' is not.
+        sigma = torch.where(m < 1, schedule(objective.schedule).score_weight(m) * m / (1 - m), torch.inf)
+    if objective.score == "bayes" and objective.bayes_sigma:
+        weight = sigma / m
+    if objective.max_weight is not None:
+        weight = weight.clamp(max=objective.max_weight)
+    reduced = 1 / m.numel() if objective.score_reduction == "sum_per_sample" else share
+
+    score = rows(weight * reduced)
+    penalty = shift = mass = constant = None
     if objective.score == "paper":
         # sigma' (1 - r sbar), sbar = -log(1 - m); r sbar -> 0 as m -> 1.
         r_sbar = -torch.special.xlogy(1 - m, 1 - m) / m
-        constant = rows(sigma * (1 - r_sbar))
+        constant = total(sigma * (1 - r_sbar) * reduced)
     elif objective.score == "unnormalized":
         log_scale = -math.log(columns) if objective.log_scale is None else objective.log_scale
         penalty, shift = score, torch.full_like(score, log_scale)
     elif objective.score == "full_vocab":
         log_scale = 0.0 if objective.log_scale is None else objective.log_scale
-        mass, constant = score * math.exp(log_scale), -score * (1 + log_scale)
-    return RowWeights(valid / count, score, penalty, shift, mass, constant)
+        mass, constant = score * math.exp(log_scale), total(weight * reduced * -(1 + log_scale))
+    return RowWeights(valid, count, share, score, penalty, shift, mass, constant)
 
 
 def mean_rows(valid: torch.Tensor) -> RowWeights:
-    """Coefficients of T rows of which `valid` [T] have a label: their mean cross entropy alone, no score term."""
-    mask = valid.to(torch.float64) / valid.sum().clamp(min=1)
-    zero = torch.zeros_like(mask)
-    return RowWeights(mask, zero, None, None, None, zero)
+    """Weights of T rows of which `valid` [T] have a label: their mean cross entropy alone, no score term."""
+    return RowWeights(valid, *_count_and_share(valid), None, None, None, None, None)
+
+
+def _count_and_share(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    count = valid.sum()
+    return count, count.clamp(min=1).to(torch.float64).reciprocal()

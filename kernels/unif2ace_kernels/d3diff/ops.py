@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .._library import Implementation, register
-from .head import HeadOutputs, accumulation_dtype, head_torch
+from .._library import Implementation, compiled, register
+from .head import HeadOutputs, head_torch
 from .logits import logits_backward_torch, logits_torch
 from .noise import noise_torch
+from .rows_torch import accumulation_dtype, rows_torch
 
 
 def _noise_fake(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row):
@@ -19,8 +20,17 @@ def _noise_fake(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row
 noise_op = register(
     "d3diff_noise(Tensor tokens, Tensor mask_prob, int mask_id, bool exact_count, SymInt seed, SymInt offset,"
     " SymInt first_row) -> (Tensor noised, Tensor mask)",
-    implementations=[Implementation("torch", ("cpu", "cuda"), noise_torch)],
+    implementations=[compiled("d3diff_noise", "cpu"), Implementation("torch", ("cpu", "cuda"), noise_torch)],
     fake=_noise_fake,
+)
+
+# The inner op of the head: what happens to a chunk's logits between the matrix products.
+register(
+    "d3diff_rows(Tensor(a!) z, Tensor? bias, Tensor rows, Tensor targets, Tensor ce_weight, Tensor? penalty_weight,"
+    " Tensor? shift, Tensor? mass_weight, Tensor(b!) ce, Tensor(c!) lse, Tensor(d!) mass, Tensor(e!) hit,"
+    " Tensor(f!)? grad_bias, int start, int[] codes, bool gradient) -> Tensor loss",
+    implementations=[compiled("d3diff_rows", "cpu"), Implementation("torch", ("cpu", "cuda"), rows_torch)],
+    fake=lambda z, *_: z.new_empty((), dtype=torch.float64),
 )
 
 
@@ -108,7 +118,10 @@ def _head_backward_fake(grad_loss, grad_hidden, grad_weight, grad_bias, vocabula
 head_backward_op = register(
     "d3diff_head_backward(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,"
     " SymInt vocabulary, int first) -> (Tensor, Tensor, Tensor)",
-    implementations=[Implementation("torch", ("cpu", "cuda"), _head_backward_torch)],
+    implementations=[
+        compiled("d3diff_head_backward", "cpu"),
+        Implementation("torch", ("cpu", "cuda"), _head_backward_torch),
+    ],
     fake=_head_backward_fake,
     backward=_no_second_derivative,
 )
@@ -136,7 +149,10 @@ logits_op = register(
     "d3diff_logits(Tensor logits, Tensor targets, Tensor ce_weight, Tensor? penalty_weight, Tensor? shift,"
     " Tensor? mass_weight, int start, int end, int[] codes, int ignore_index)"
     " -> (Tensor loss, Tensor ce, Tensor lse, Tensor mass, Tensor hit)",
-    implementations=[Implementation("torch", ("cpu", "cuda"), logits_torch)],
+    implementations=[
+        compiled("d3diff_logits", "cpu"),
+        Implementation("torch", ("cpu", "cuda"), logits_torch),
+    ],
     fake=_logits_fake,
     setup_context=_logits_setup_context,
     backward=_logits_backward,
@@ -147,7 +163,10 @@ logits_backward_op = register(
     "d3diff_logits_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor ce_weight, Tensor? penalty_weight,"
     " Tensor? shift, Tensor? mass_weight, Tensor lse, Tensor mass, int start, int end, int[] codes, int ignore_index)"
     " -> Tensor",
-    implementations=[Implementation("torch", ("cpu", "cuda"), logits_backward_torch)],
+    implementations=[
+        compiled("d3diff_logits_backward", "cpu"),
+        Implementation("torch", ("cpu", "cuda"), logits_backward_torch),
+    ],
     fake=lambda grad_loss, logits, *_: torch.empty_like(logits),
     backward=_no_second_derivative,
 )
