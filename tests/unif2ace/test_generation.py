@@ -11,6 +11,7 @@ from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.generation import text as text_generation
 from unif2ace.generation.image import PaintSettings, paint_codes
 from unif2ace.generation.text import answer
+from unif2ace.model.prefix import TextPrefix
 from unif2ace.model.sequences import Batch, mmu_batch, t2i_batch, t2i_prompts
 from unif2ace.model.transformer import UniF2ace
 from unif2ace.training.optimizers import OptimizerConfig, build
@@ -178,30 +179,32 @@ def test_every_step_is_shown_and_only_adds():
 
 
 def test_without_guidance_the_empty_prompt_is_not_run(monkeypatch):
-    calls = []
-    model = opinionless()
-    forward = UniF2ace.forward
+    """And captions that are equal are read once."""
+    read, rows = [], []
 
-    def counted(self, batch):
-        calls.append(len(batch.task))
-        return forward(self, batch)
+    class Counted(TextPrefix):
+        def __init__(self, model, prompts):
+            read.append(len(prompts))
+            super().__init__(model, prompts)
 
-    monkeypatch.setattr(UniF2ace, "forward", counted)
-    paint(model=model, guidance=0.0)
-    paint(model=model, guidance=2.0)
-    half = len(calls) // 2
-    assert set(calls[:half]) == {4} and set(calls[half:]) == {8}
+        def at(self, which):
+            rows.append(len(which))
+            return super().at(which)
+
+    monkeypatch.setattr("unif2ace.generation.image.TextPrefix", Counted)
+    paint(guidance=0.0)
+    paint(guidance=2.0)
+    assert read == [1, 2] and rows == [4, 8]
 
 
 def test_the_share_masked_is_told_to_the_model():
     """All masked at first, less later: what the noise expert embeds."""
     seen = []
     model = opinionless()
-    model.injection.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1].tolist()))
+    model.injection.level.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].tolist()))
     paint(model=model, rows=1)
-    shares = [each[0] for each in seen]
+    shares = [share for (share,) in seen]
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 1
-    assert all(cond == uncond for cond, uncond in seen)
 
 
 def test_a_question_has_a_greatest_length(learned):

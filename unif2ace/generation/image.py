@@ -10,7 +10,8 @@ import torch
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.model.image_tokenizer import to_uint8
-from unif2ace.model.sequences import t2i_batch, t2i_prompts
+from unif2ace.model.prefix import TextPrefix
+from unif2ace.model.sequences import t2i_prompts
 from unif2ace.model.transformer import UniF2ace
 from unif2ace_kernels import sampling
 
@@ -26,6 +27,7 @@ class PaintSettings:
         choice_temperature: of the noise on the confidence that decides which tokens stay, annealed to 0.
         top_p: nucleus of the token draw, 1 for all codes.
         seed: one seed and prompt order, one set of images.
+        cuda_graph: replay one captured step, on a CUDA device.
     """
 
     steps: int = 16
@@ -34,6 +36,7 @@ class PaintSettings:
     choice_temperature: float = 1.0
     top_p: float = 0.9
     seed: int = 0
+    cuda_graph: bool = False
 
 
 @torch.no_grad()
@@ -46,6 +49,8 @@ def paint_codes(
 ) -> torch.Tensor:
     """Image codes for each caption.
 
+    Captions are read once (`model.prefix` says what is exact about that), both branches run in one call.
+
     Args:
         captions: token ids of each prompt.
         end: the text tokenizer's end token.
@@ -57,14 +62,26 @@ def paint_codes(
     config = model.config
     vocabulary, rows = config.vocabulary, len(captions)
     device = model.head.weight.device
-    prompts = t2i_prompts(captions, end, config).to(device)
-    empty = t2i_prompts([[]] * rows, end, config).to(device)
+    branches = 1 if settings.guidance == 0 else 2
+    prompts = t2i_prompts([*captions, *[[]] * rows * (branches - 1)], end, config)
+    different, which = torch.unique(prompts, dim=0, return_inverse=True)
+    read = TextPrefix(model, different)
+    prefix = read.at(which)
+    narrows = config.sequence_moe is None  # then the last layer needs masked rows alone, as many as the schedule says
 
-    def hidden(ids: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        both = [prompts] if settings.guidance == 0 else [prompts, empty]
-        batch = t2i_batch(torch.cat(both), ids.repeat(len(both), 1), config)
-        states = model.image_hidden(model(batch), batch).chunk(len(both))
-        return states[0], states[1] if len(both) == 2 else None
+    def hidden(ids: torch.Tensor, step: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(step, int) and step == 0:  # every image is all masks: captions that are equal have equal states
+            states = read.image_hidden(ids[:1])[which.to(device)]
+        elif isinstance(step, int) and narrows:
+            most = sampler.most_masked(step, ids.shape[1])
+            index = (ids != vocabulary.mask).int().argsort(stable=True)[:, :most].repeat(branches, 1)
+            few = prefix.image_hidden(ids, index)
+            index = index[:, :, None].expand_as(few)
+            states = few.new_zeros(len(index), ids.shape[1], few.shape[-1]).scatter_(1, index, few)
+        else:
+            states = prefix.image_hidden(ids)
+        cond, *uncond = states.chunk(branches)
+        return cond, uncond[0] if uncond else None
 
     sampler = sampling.MaskedDiffusionSampler(
         hidden,
@@ -76,6 +93,7 @@ def paint_codes(
         temperature=settings.temperature,
         remask_temperature=settings.choice_temperature,
         top_p=settings.top_p,
+        cuda_graph=settings.cuda_graph,
     )
     start = torch.full((rows, config.image_tokens), vocabulary.mask, device=device)
     return sampler(start, seed=settings.seed, callback=on_step) - vocabulary.code_range[0]

@@ -32,8 +32,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    """x [B, ...] as [times * B, ...], rows in turn; x itself for once."""
+    return x if times == 1 else x.repeat(times, *[1] * (x.dim() - 1))
+
+
 class Attention(nn.Module):
-    """Self-attention over [B, L, D] under a boolean mask [B, 1, L, L] (True: sees)."""
+    """Self-attention over [B, L, D] under a boolean mask (True: sees)."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -43,9 +48,43 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hidden // heads)
         self.out = nn.Linear(hidden, hidden)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        rows, length, hidden = x.shape
-        q, k, v = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+    def key_value(
+        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, L, C] of x [B, L, D]."""
+        return self._project(x, table)[1:]
+
+    def _project(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
-        y = attend(q.to(v.dtype), k.to(v.dtype), v, mask)
-        return self.out(y.transpose(1, 2).reshape(rows, length, hidden))
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        table: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from x, or from some of its rows.
+
+        Args:
+            x: [B, L, D]. mask: [B, 1, L or 1, keys]. table: of the rotary embedding at the positions of x.
+            cache: keys and values [R, H, keys, C] of which those of x are the last L: they are written there. R is B
+                or a multiple of it: sequences that differ before x alone, of which row r continues with x[r % B].
+            rows: [R, M] the positions of x that attend, all when None.
+
+        Returns:
+            [R, L or M, D].
+        """
+        length = x.shape[1]
+        q, k, v = self._project(x, table)
+        if cache is not None:
+            times = len(cache[0]) // len(x)
+            for held, new in zip(cache, (k, v)):
+                held[:, :, -length:] = repeated(new, times)
+            q, (k, v) = repeated(q, times), cache
+        if rows is not None:
+            q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unif2ace.configs import T2I, ModelConfig
-from unif2ace.model.attention import Attention, rotary_table
+from unif2ace.model.attention import Attention, repeated, rotary_table
 from unif2ace.model.sequence_moe import Injection, SequenceMoE
 from unif2ace.model.sequences import Batch, attention_mask
 from unif2ace_kernels import d3diff, moe
@@ -37,19 +37,26 @@ class Context(NamedTuple):
     """What every block of one forward pass shares.
 
     Attributes:
-        mask: [B, 1, L, L], who sees whom. table: of the rotary embedding.
-        task: [B]. image: [B, N] positions of the image tokens. injected: [B, 3, N, D] or None.
-        real: [T] positions in the flattened batch that are not padding, and `real_task` [T] their tasks. Padding is
-            nobody's token: routed, it would crowd an expert or two and count in the balance loss.
+        mask: [B, 1, L or 1, keys], who sees whom. table: of the rotary embedding.
+        task: [B]. injected: [B, 3, N, D] or None.
+        image: [B, N] positions of the image tokens; one slice where they are the same in every row and no gradient is
+            wanted; None where there are none.
+        real: [T] positions in the flattened batch that are not padding, None when none is, and `real_task` [T] their
+            tasks. Padding is nobody's token: routed, it would crowd an expert or two and count in the balance loss.
     """
 
     mask: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
     task: torch.Tensor
-    image: torch.Tensor
+    image: torch.Tensor | slice | None
     injected: torch.Tensor | None
-    real: torch.Tensor
+    real: torch.Tensor | None
     real_task: torch.Tensor
+
+
+def at_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x [B, L, D] at the positions `rows` [B, M]: [B, M, D]."""
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 class FeedForward(nn.Module):
@@ -93,22 +100,43 @@ class Block(nn.Module):
         if isinstance(self.ffn, FeedForward):
             return self.ffn(x)
         tokens = x.flatten(0, 1)
+        if context.real is None:
+            y, routing = self.ffn(tokens, context.real_task[: len(tokens)])
+            output.token_routings.append(routing)
+            return y.view_as(x)
         y, routing = self.ffn(tokens.index_select(0, context.real), context.real_task)
         output.token_routings.append(routing)
         return torch.zeros_like(tokens, dtype=y.dtype).index_copy(0, context.real, y).view_as(x)
 
-    def forward(self, x: torch.Tensor, context: Context, output: Output) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: Context,
+        output: Output,
+        cache: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [B, L, D] -> the same, [R, L, D] for the R sequences of `cache` (see `Attention`), or [R, M, D] at `rows`
+        [R, M] alone (only without sequence-level experts, which read all of a sample)."""
         normed = self.norm(x)
-        attended = self.attention(normed, context.mask, context.table)
+        attended = self.attention(normed, context.mask, context.table, cache, rows)
+        if cache is not None:
+            x, normed = (repeated(each, len(attended) // len(each)) for each in (x, normed))
+        if rows is not None:
+            x, normed = at_rows(x, rows), at_rows(normed, rows)
         if self.ffn_norm is None:
             x = x + attended + self.feed_forward(normed, context, output)
         else:
             x = x + attended
             x = x + self.feed_forward(self.ffn_norm(x), context, output)
-        if self.sequence is not None:
-            index = context.image[:, :, None].expand(-1, -1, x.shape[-1])
-            mixed, routing = self.sequence(x.gather(1, index), context.task, context.injected)
-            x = x.scatter(1, index, mixed.to(x.dtype))
+        if self.sequence is not None and context.image is not None:
+            image = context.image
+            tokens = x[:, image] if isinstance(image, slice) else at_rows(x, image)
+            mixed, routing = self.sequence(tokens, context.task, context.injected)
+            if isinstance(image, slice):
+                x[:, image] = mixed
+            else:
+                x = x.scatter(1, image[:, :, None].expand(-1, -1, x.shape[-1]), mixed.to(x.dtype))
             output.sequence_routings.append(routing)
         return x
 
@@ -170,7 +198,7 @@ class UniF2ace(nn.Module):
     def image_hidden(self, output: Output, batch: Batch) -> torch.Tensor:
         """Hidden states at the image positions, [B, N, D]."""
         index = batch.image_start[:, None] + torch.arange(self.config.image_tokens, device=batch.tokens.device)
-        return output.hidden.gather(1, index[:, :, None].expand(-1, -1, self.config.hidden))
+        return at_rows(output.hidden, index)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The training loss of a batch with rows of both tasks (or one), and its terms (detached scalars).

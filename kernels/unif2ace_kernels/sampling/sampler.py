@@ -198,16 +198,18 @@ class MaskedDiffusionSampler:
             share = torch.tensor(self.masked_share(step + 1), dtype=torch.float32)
         return int((length * share).floor())
 
-    def steps_at_most(self, length: int) -> int:
-        """Steps after which no token of `length` can be left, however many were masked at the start."""
+    def most_masked(self, step: int, length: int) -> int:
+        """The most tokens of `length` that can be masked before `step`, however many were at the start."""
         if self.counts != "exact" or self.known != "keep" or self.policy == "random":
-            return self.steps
+            return length
         left = length
-        for step in range(self.steps):
-            left = min(math.floor(length * self.masked_share(step + 1) + 1e-9), left - 1)
-            if left <= 0:
-                return step + 1
-        return self.steps
+        for done in range(1, step + 1):
+            left = max(0, min(math.floor(length * self.masked_share(done) + 1e-9), left - 1))
+        return left
+
+    def steps_at_most(self, length: int) -> int:
+        """Steps after which no token of `length` can be left."""
+        return next((step for step in range(1, self.steps) if self.most_masked(step, length) == 0), self.steps)
 
     def begin(self, ids: Tensor, rows: Tensor | None, seed: Tensor | int, offset: Tensor | int) -> Run:
         """The tables of a call on `ids` [B, N]; arguments as in `__call__`."""

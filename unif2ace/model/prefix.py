@@ -1,0 +1,117 @@
+"""The caption side of text-to-image rows, run once for all sampling steps.
+
+Text attends to text alone, and its experts look at one token each, so a caption's keys and values are the same in
+every step: they are computed once and kept. Only <soi> codes <eoi> run in a step. All of this is exact:
+
+    caption                its keys and values are kept
+    padding before it      left out, up to where the longest caption of the call begins
+    first layer            rows that differ in their caption alone (the branches of guidance) give it the same input
+    last layer             every row gives keys and values, but only rows that are to be drawn go on: the queries, the
+                           FFN and the head. Not with sequence-level experts, whose router reads all of a sample.
+
+What is known cannot be left out in the layers between: its hidden state moves with the masked tokens around it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from unif2ace.configs import T2I
+from unif2ace.model.attention import rotary_table
+from unif2ace.model.sequence_moe import NOISE
+from unif2ace.model.transformer import Context, Output, UniF2ace, at_rows
+
+
+class TextPrefix:
+    """Captions that a model has read, ready for any number of steps on their images.
+
+    Args:
+        model: holds the weights; its dtype is the cache's.
+        prompts: [R, text_slots] token ids of `t2i_prompts`, on any device.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: UniF2ace, prompts: torch.Tensor) -> None:
+        config, device = model.config, model.head.weight.device
+        slots, length = prompts.shape[1], config.image_tokens + 2
+        self.model = model
+        seen = prompts != config.vocabulary.pad
+        first = int(seen.any(0).int().argmax())  # the longest caption begins here
+        prompts, seen = prompts[:, first:].to(device), seen[:, first:].to(device)
+        cos, sin = (each.to(device) for each in rotary_table(slots + length, model.rotary_channels))
+        self._table = cos[slots:], sin[slots:]
+        self._cache = self._read(prompts, seen, (cos[first:slots], sin[first:slots]), length)
+        self._mask = torch.nn.functional.pad(seen, (0, length), value=True)[:, None, None]
+        ends = [config.vocabulary.start_of_image, config.vocabulary.end_of_image]
+        self._ends = torch.tensor(ends, device=device)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What the steps share besides the cache, for its number of rows."""
+        config, weight, rows = self.model.config, self.model.head.weight, len(self._mask)
+        self._task = torch.full((rows * (config.image_tokens + 2),), T2I, device=weight.device)
+        self._injected = None
+        if self.model.injection is not None:
+            self._injected = weight.new_zeros(rows, 3, config.image_tokens, config.hidden)
+
+    def at(self, rows: torch.Tensor) -> TextPrefix:
+        """The captions at `rows`, in a cache of their own; one may come several times."""
+        rows = rows.to(self._mask.device)
+        other = copy.copy(self)
+        other._cache, other._mask = [(k[rows], v[rows]) for k, v in self._cache], self._mask[rows]
+        other._prepare()
+        return other
+
+    def _read(
+        self, prompts: torch.Tensor, seen: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], room: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's keys and values [R, H, S + room, C] of prompts [R, S], `seen` where they are not padding."""
+        model, slots = self.model, prompts.shape[1]
+        causal = torch.ones(slots, slots, dtype=torch.bool, device=prompts.device).tril()
+        itself = torch.eye(slots, dtype=torch.bool, device=prompts.device)  # all that padding sees
+        real = seen.flatten().nonzero()[:, 0]
+        task = torch.full((len(real),), T2I, device=prompts.device)
+        context = Context((causal & seen[:, None, :] | itself)[:, None], table, task[:0], None, None, real, task)
+        x = model.embedding(prompts)
+        cache = []
+        for index, block in enumerate(model.blocks):
+            k, v = block.attention.key_value(block.norm(x), table)
+            cache.append((torch.nn.functional.pad(k, (0, 0, 0, room)), torch.nn.functional.pad(v, (0, 0, 0, room))))
+            if index + 1 < len(model.blocks):
+                x = block(x, context, Output(x))
+        return cache
+
+    @torch.no_grad()
+    def image_hidden(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states after the last norm at the image tokens.
+
+        Args:
+            ids: [B, N] vocabulary ids of the image tokens, mask ids included; R is a multiple of B, and caption r
+                goes with image r % B.
+            rows: [R, M] the image positions that are wanted, in [0, N); all when None.
+
+        Returns:
+            [R, N, D], or [R, M, D] at `rows`.
+        """
+        model, vocabulary = self.model, self.model.config.vocabulary
+        ends = self._ends.expand(len(ids), -1)
+        x = model.embedding(torch.cat([ends[:, :1], ids, ends[:, 1:]], dim=1))
+        if model.image_position is not None:
+            x[:, 1:-1] += model.image_position.to(x.dtype)
+        if model.injection is not None:
+            mask_prob = (ids == vocabulary.mask).float().mean(dim=1)
+            noise = model.injection.noise(model.injection.level(mask_prob))
+            self._injected.unflatten(0, (-1, len(ids)))[:, :, NOISE] = noise
+        task = self._task[: len(self._mask)]
+        context = Context(self._mask, self._table, task, slice(1, -1), self._injected, None, self._task)
+        output = Output(x)
+        narrow = None
+        for index, (block, cache) in enumerate(zip(model.blocks, self._cache)):
+            if rows is not None and index + 1 == len(model.blocks) and block.sequence is None:
+                narrow = rows + 1
+            x = block(x, context, output, cache, narrow)
+        if narrow is None:
+            x = x[:, 1:-1] if rows is None else at_rows(x, rows + 1)
+        return model.norm(x)
