@@ -3,6 +3,7 @@
     python -m benchmarks.gpu --out DIR [--budget SECONDS] [--stages tests,bench] [--dry-run]
 
 Needs no network and installs nothing into the machine: Python with torch (and its Triton), nvcc where there is one.
+pytest and the peers may come along as wheels in .whl, which are unpacked aside.
 Stages run one after the other, each in a process of its own with its own slice of the time that is left; one that
 fails, hangs or crashes does not stop the next. Left in DIR, valid after every stage: gpu.json (what each stage did),
 benches.jsonl (see run.py), stages.log (all output). The exit status is 1 if a stage failed.
@@ -30,6 +31,7 @@ from .environment import ROOT, commit, versions
 OK, FAILED, TIMEOUT, NOT_RUN = "ok", "failed", "timeout", "not run"
 NO_CUDA = "no CUDA device"
 MIN_SLICE_S = 3.0  # less is left: the stage is not begun
+CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
 TAIL = 6000  # characters of a stage's output that gpu.json keeps
 _PYTHON = sys.executable
 
@@ -113,34 +115,38 @@ def machine() -> dict:
     }
 
 
-def pytest_folder(wheels: Path) -> tuple[str | None, str | None]:
-    """(folder to put on the path, why there is no pytest); the folder is None where pytest is installed already."""
-    if importlib.util.find_spec("pytest") is not None:
-        return None, None
-    if not list(wheels.glob("pytest-*.whl")):
-        return None, f"pytest is not installed and {wheels} has no wheel of it"
-    folder = tempfile.mkdtemp(prefix="pytest-")
-    install = _python("-m", "pip", "install", "-q", "--no-index", "--find-links", str(wheels), "--target", folder)
-    said = _output([*install, "pytest"])
-    return (folder, None) if (Path(folder) / "pytest").is_dir() else (None, f"pytest's wheel does not install: {said}")
+def carried_packages(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Packages that came along in `folder`, for a machine that can fetch none: (folders for the path, what happened).
+
+    Wheels are unpacked aside, each alone, so that one that does not install keeps no other from being used; a
+    subfolder is source that is used as it is.
+    """
+    site = tempfile.mkdtemp(prefix="carried-")
+    said = {}
+    for wheel in sorted(folder.glob("*.whl")):
+        install = _python("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", site)
+        said[wheel.name] = _output([*install, str(wheel)]) or "installed"
+    inside = [each.parent for each in Path(site).glob("*/python_packages/*")]  # as nvidia-cutlass-dsl has it
+    sources = [each for each in sorted(folder.glob("*")) if each.is_dir()]
+    return [site, *map(str, dict.fromkeys(inside)), *map(str, sources)], said
 
 
-def plan(found: Mapping, out: Path, *, dry_run: bool) -> list[Stage]:
+def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) -> list[Stage]:
     """The stages in order of importance. A dry run starts what the real one would, on nothing: it collects tests,
-    lists cases and times the smallest of them on the CPU."""
+    lists cases and times the smallest of them on the CPU. `path`: folders with packages, see `carried_packages`."""
     cuda = bool(found.get("cuda"))
     device = "cuda" if cuda else "cpu"
     needs_cuda = None if cuda or dry_run else NO_CUDA
     not_dry = "a dry run" if dry_run else None if cuda else NO_CUDA
     major, minor = found.get("capability", (9, 0))
     archs = {"UNIF2ACE_CUDA_ARCHS": f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")}
-    site, no_pytest = pytest_folder(ROOT / ".whl")
-    with_pytest = {"PYTHONPATH_EXTRA": site} if site else {}
+    has_pytest = importlib.util.find_spec("pytest") or any((Path(each) / "pytest").is_dir() for each in path)
+    no_pytest = None if has_pytest else f"pytest is not installed and no wheel of it is in {CARRIED}"
     collect = ["--collect-only"] if dry_run else []
 
     def tests(name: str, arguments: list[str], seconds: float, missing: str | None) -> Stage:
         command = _python("-m", "pytest", "-ra", *arguments, *collect)
-        return Stage(name, command, seconds, no_pytest or missing, with_pytest, empty_code=5)
+        return Stage(name, command, seconds, no_pytest or missing, empty_code=5)
 
     def bench(op: str, seconds: float, *more: str) -> Stage:
         how = ["--list", "--device", "cuda"] if dry_run else ["--device", "cuda", "--json", str(out / "benches.jsonl")]
@@ -177,10 +183,10 @@ def plan(found: Mapping, out: Path, *, dry_run: bool) -> list[Stage]:
     ]  # fmt: skip
 
 
-def run_stage(stage: Stage, seconds: float, log: Path) -> dict:
+def run_stage(stage: Stage, seconds: float, log: Path, path: Sequence[str] = ()) -> dict:
     """Run one stage for at most `seconds`; append its output to `log`; say what happened."""
-    path = [stage.environment.get("PYTHONPATH_EXTRA"), str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = {**os.environ, **stage.environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    folders = [*path, str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, **stage.environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
     environment["PYTHONUNBUFFERED"] = "1"
     start = time.monotonic()
     with log.open("a+b") as output:
@@ -229,7 +235,7 @@ def keep_whole_lines(path: Path) -> None:
         path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n" * (b"\n" in path.read_bytes()))
 
 
-def run_stages(stages: Sequence[Stage], out: Path, deadline: float, head: Mapping) -> dict:
+def run_stages(stages: Sequence[Stage], out: Path, deadline: float, head: Mapping, path: Sequence[str] = ()) -> dict:
     """Run `stages` until `deadline` (monotonic seconds), rewriting gpu.json before and after each."""
     out.mkdir(parents=True, exist_ok=True)
     done: list[dict] = []
@@ -246,7 +252,7 @@ def run_stages(stages: Sequence[Stage], out: Path, deadline: float, head: Mappin
             record["status"] = "running"
             write_report(report, out / "gpu.json")
             try:
-                record |= run_stage(stage, left, out / "stages.log")
+                record |= run_stage(stage, left, out / "stages.log", path)
             except OSError as error:
                 record |= {"status": FAILED, "reason": str(error)}
             keep_whole_lines(out / "benches.jsonl")
@@ -271,11 +277,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("gpu.json", "benches.jsonl", "stages.log"):
         (out / name).unlink(missing_ok=True)
     found = machine()
-    head = {**commit(), "machine": found, "dry_run": options.dry_run, "budget_s": options.budget}
-    print(json.dumps(found, indent=1), flush=True)
+    path, carried = carried_packages(ROOT / CARRIED)
+    head = {**commit(), "machine": found, "carried": carried, "dry_run": options.dry_run, "budget_s": options.budget}
+    print(json.dumps({**found, "carried": carried}, indent=1), flush=True)
     wanted = tuple(each.strip() for each in options.stages.split(","))
-    stages = [stage for stage in plan(found, out, dry_run=options.dry_run) if stage.name.startswith(wanted)]
-    report = run_stages(stages, out, deadline, head)
+    stages = [stage for stage in plan(found, out, dry_run=options.dry_run, path=path) if stage.name.startswith(wanted)]
+    report = run_stages(stages, out, deadline, head, path)
     counts = Counter(record["status"] for record in report["stages"])
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; results in {out}")
     return 1 if counts[FAILED] or counts[TIMEOUT] else 0

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -323,10 +324,32 @@ def test_gpu_dry_run_leaves_results(tmp_path: Path) -> None:
     assert {record["op"] for record in records} == {"random.gumbel"}
 
 
-def test_pytest_comes_from_carried_wheels_or_the_reason_is_told(tmp_path: Path, monkeypatch) -> None:
+def _wheel(folder: Path, name: str) -> None:
+    """A wheel of one module that says its own name."""
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/__init__.py", f"NAME = {name!r}")
+        archive.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        tag = "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{name}-1.dist-info/WHEEL", tag)
+        archive.writestr(f"{name}-1.dist-info/RECORD", "")
+
+
+def test_carried_packages_are_there_for_every_stage(tmp_path: Path, monkeypatch) -> None:
+    carried = tmp_path / "carried"
+    (carried / "plainsource" / "plain").mkdir(parents=True)
+    (carried / "plainsource" / "plain" / "__init__.py").write_text("NAME = 'plain'")
+    _wheel(carried, "alpha")
+    _wheel(carried, "pytest")
+    (carried / "broken-0-py3-none-any.whl").write_text("not a wheel")
+    path, said = gpu.carried_packages(carried)
+    assert {name: text == "installed" for name, text in said.items()} == {
+        "alpha-1-py3-none-any.whl": True, "pytest-1-py3-none-any.whl": True, "broken-0-py3-none-any.whl": False
+    }  # fmt: skip
+    stage = gpu.Stage("look", python("import alpha, plain; print(alpha.NAME, plain.NAME)"), 20)
+    assert gpu.run_stage(stage, 20, tmp_path / "log", path)["tail"].strip() == "alpha plain"
+
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    folder, reason = gpu.pytest_folder(tmp_path)
-    assert folder is None and "pytest is not installed" in reason
-    (tmp_path / "pytest-0-py3-none-any.whl").write_text("not a wheel")
-    folder, reason = gpu.pytest_folder(tmp_path)
-    assert folder is None and "does not install" in reason
+    hopper = {"cuda": True, "capability": [9, 0]}
+    for with_path, missing in ((path, None), ((), "pytest is not installed and no wheel of it is in .whl")):
+        stages = {stage.name: stage for stage in gpu.plan(hopper, tmp_path, dry_run=False, path=with_path)}
+        assert stages["tests gpu"].missing == missing
