@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from route_cases import CASES, RouteCase, check
 
-from unif2ace_kernels.moe import reference, route
+from unif2ace_kernels import _library
+from unif2ace_kernels.moe import reference, route, route_torch
+
+needs_ops = pytest.mark.skipif(
+    _library.EXTENSION_MISSING is not None, reason=f"extension not built: {_library.EXTENSION_MISSING}"
+)
+native = torch.ops.unif2ace_native
 
 OPTIONS = [
     {"scoring": scoring, "normalize": normalize, "group_sizes": sizes, "biased": biased}
@@ -153,6 +160,69 @@ def test_bitwise_repeatable_and_strided():
     strided = logits.t().contiguous().t()
     runs = [route(each, group_ids, (3, 5), 2, balance_coef=1.0) for each in (logits, logits, strided)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@needs_ops
+def test_cpp(case):
+    check(case, native.moe_route.default, native.moe_route_backward.default)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_torch(case):
+    check(case, route_torch.forward, route_torch.backward)
+
+
+@needs_ops
+@pytest.mark.parametrize("name", ["sigmoid, biased", "softmax, biased", "many groups", "raw weights"])
+def test_cpp_in_float64(name):
+    case = next(case for case in CASES if case.name == name)
+    logits, *rest = case.arguments()
+    arguments = logits.double(), *rest
+    ours, plain = native.moe_route(*arguments), route_torch.forward(*arguments)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    gradients = [torch.randn_like(each) for each in (plain[0], plain[6], plain[7], plain[8])]
+    given = *gradients, *arguments[:2], plain[1], plain[2], *arguments[2:4], *arguments[5:8], case.z_coef
+    torch.testing.assert_close(native.moe_route_backward(*given), route_torch.backward(*given), rtol=1e-12, atol=1e-12)
+
+
+@needs_ops
+def test_cpp_gives_the_same_bits_on_any_number_of_threads():
+    arguments = RouteCase("threads", tokens=1000, sizes=(7, 9)).arguments()
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(native.moe_route(*arguments))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@needs_ops
+def test_cpp_refuses_what_would_lead_out_of_bounds():
+    logits, ids, *rest = RouteCase("bad ids").arguments()
+    with pytest.raises(RuntimeError, match=r"group_ids: expected values in \[0, 2\)"):
+        native.moe_route(logits, ids + 1, *rest)
+    routing = native.moe_route(logits, ids, *rest)
+    given = torch.ones(60, 3), None, None, None, logits, ids
+    options = [3, 5], 2, [0.1, 0.1], True, "softmax", 0.0
+    with pytest.raises(RuntimeError, match="expert: expected those of the token's group"):
+        native.moe_route_backward(*given, routing[1] + 5, routing[2], *options)
+    with pytest.raises(RuntimeError, match="counts: expected contiguous int64"):
+        native.moe_route_backward(*given, routing[1], routing[2][1:], *options)
+
+
+def test_second_derivatives_are_refused():
+    logits, ids, _ = make(12)
+    (gradient,) = torch.autograd.grad(
+        route(logits.requires_grad_(), ids, (3, 5), 2).weight[:, 0].sum(), logits, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="moe_route_backward cannot be differentiated"):
+        gradient.sum().backward()
+
+
+def test_explain_says_what_runs():
+    explanation = _library.explain("moe_route", torch.empty(1))
+    assert explanation.implementation == ("c++" if _library.EXTENSION_MISSING is None else "torch")
+    assert _library.explain("moe_route_backward", torch.empty(1)).implementation == explanation.implementation
 
 
 def test_opcheck():

@@ -6,6 +6,7 @@ Each is a coarse forward op and a coarse backward op, so autograd, torch.compile
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -99,8 +100,17 @@ def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency,
     return grad_logits, *[None] * 9
 
 
-def _route_no_second_derivative(ctx, *_):
-    raise RuntimeError("unif2ace::moe_route_backward cannot be differentiated")
+def _with_value_errors(native: Implementation) -> Implementation:
+    """`native`, which can raise no ValueError, with the torch path's for group ids that are out of range."""
+
+    def forward(logits, group_ids, group_sizes, *options):
+        try:
+            return native.function(logits, group_ids, group_sizes, *options)
+        except RuntimeError:
+            route_torch.check_group_ids(group_ids, len(group_sizes))
+            raise
+
+    return native if native.missing else replace(native, function=forward)
 
 
 _route_backward = register(
@@ -109,10 +119,11 @@ _route_backward = register(
     " float[] balance_coef, bool normalize, str scoring, float z_coef) -> Tensor",
     implementations=[
         triton_implementation("unif2ace_kernels.moe.route_triton", "backward"),
+        compiled("moe_route_backward", "cpu"),
         *_torch(route_torch.backward),
     ],
     fake=lambda grad_weight, p, b, z, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    backward=_route_no_second_derivative,
+    backward=_once_differentiable("moe_route_backward"),
 )
 _route = register(
     "moe_route(Tensor logits, Tensor group_ids, int[] group_sizes, int top_k, int shared, float[] balance_coef,"
@@ -120,6 +131,7 @@ _route = register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations=[
         triton_implementation("unif2ace_kernels.moe.route_triton", "forward"),
+        _with_value_errors(compiled("moe_route", "cpu")),
         *_torch(route_torch.forward),
     ],
     fake=_route_fake,
@@ -145,9 +157,11 @@ def route(
 
     Scores s are the softmax, or the sigmoid, of the token's group's logits, in float32. The K largest s +
     selection_bias are chosen, of equals those of lower index, and weighted by s, without the bias (DeepSeek-V3, arXiv
-    2412.19437, eq. 12-16), divided by their sum if `normalize`. A NaN counts as the largest. balance_loss = sum_g balance_coef_g sum_{i in g} f_i P_i, with f and P scaled as in
-    DeepSeekMoE (arXiv 2401.06066, eq. 12-14; DeepSeek-V3 eq. 17-20 for the sigmoid): under balanced load or uniform
-    scores it is sum_g balance_coef_g over the groups that have tokens. z_loss is ST-MoE's (arXiv 2202.08906, eq. 5).
+    2412.19437, eq. 12-16), divided by their sum if `normalize`. A NaN counts as the largest.
+
+    balance_loss = sum_g balance_coef_g sum_{i in g} f_i P_i, with f and P scaled as in DeepSeekMoE (arXiv 2401.06066,
+    eq. 12-14; DeepSeek-V3 eq. 17-20 for the sigmoid): under balanced load or uniform scores it is sum_g
+    balance_coef_g over the groups that have tokens. z_loss is ST-MoE's (arXiv 2202.08906, eq. 5).
 
     Args:
         logits: [T, E], E = sum(group_sizes); group g owns the columns from sum(group_sizes[:g]). Columns of the other

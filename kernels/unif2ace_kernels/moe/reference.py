@@ -35,7 +35,8 @@ def route(
 ) -> dict[str, Tensor]:
     """Experts, weights, frequencies f, probabilities P, balance loss and z loss, group by group.
 
-    s = softmax(logits_g) or sigmoid(logits_g);  experts = top-K of s (+ selection_bias), of equals the first;  w = s / sum_K s
+    s = softmax(logits_g) or sigmoid(logits_g);  w = s / sum_K s
+    experts = top-K of s (+ selection_bias), of equals the first
     f_i = N_g / (K T_g) * #{tokens of g that chose i};  P_i = mean over g of s_i / sum_j s_j
     balance = sum_g coef_g sum_i f_i P_i;  z = z_coef / T * sum_t logsumexp(logits_t,g)^2
     """

@@ -194,8 +194,8 @@ def finish(
 
 @triton.jit
 def order_kernel(
-    p_expert, p_before, p_counts, p_sums, p_order, p_offsets, p_frequency, p_probability, p_balance, p_z, coefs, z_scale,
-    tokens, blocks, BOUNDS: tl.constexpr, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, BT: tl.constexpr,
+    p_expert, p_before, p_counts, p_sums, p_order, p_offsets, p_frequency, p_probability, p_balance, p_z, coefs,
+    z_scale, tokens, blocks, BOUNDS: tl.constexpr, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, BT: tl.constexpr,
     BA: tl.constexpr, BALL: tl.constexpr,
 ):  # fmt: skip
     """p_before [A, blocks]: an expert's slots in the blocks before; grid (blocks + 1, cdiv(A, BA)); BALL > A.
@@ -302,8 +302,8 @@ def backward_kernel(
 def tiles(tokens: int, widest: int) -> dict[str, int]:
     """Tokens BT and columns BN of a program, and its warps; not yet measured on a GPU.
 
-    8 numbers a thread (more beyond 512 columns) fit in registers with the int64 keys. A long batch takes larger blocks, so that the scan's
-    rows stay short; two choices, so that other batch sizes compile nothing anew.
+    8 numbers a thread (more beyond 512 columns) fit in registers with the int64 keys. A long batch takes larger
+    blocks, so that the scan's rows stay short; two choices, so that other batch sizes compile nothing anew.
     """
     numbers, width = 1024 if tokens <= 1 << 16 else 2048, triton.next_power_of_2(widest)
     tokens_a_block = max(4, min(numbers // 16, numbers // width))
