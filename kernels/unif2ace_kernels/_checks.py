@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+_INTS = (int, torch.SymInt)
+
 
 def expect(condition: bool, argument: str, expected: str, received: object) -> None:
     """Raise ``ValueError("<argument>: expected <expected>, got <received>")`` unless `condition` holds."""
@@ -37,18 +39,18 @@ def expect_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{argument}: expected a torch.Tensor, got {type(value).__name__}")
-    if shape is not None:
-        matches = value.dim() == len(shape) and all(
-            not isinstance(want, int) or want == have for want, have in zip(shape, value.shape)
-        )
+    # Words are put together for a failure only: sizes may be symbols, which torch.compile cannot spell.
+    if shape is not None and not (
+        value.dim() == len(shape)
+        and all(not isinstance(want, _INTS) or want == have for want, have in zip(shape, value.shape))
+    ):
         wanted = ", ".join("*" if want is None else str(want) for want in shape)
-        expect(matches, argument, f"shape [{wanted}]", f"shape {list(value.shape)}")
-    if dtypes is not None:
+        raise ValueError(f"{argument}: expected shape [{wanted}], got shape {list(value.shape)}")
+    if dtypes is not None and value.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        expect(value.dtype in dtypes, argument, f"dtype {allowed}", str(value.dtype).removeprefix("torch."))
-    if device_of is not None:
-        name, other = device_of
-        expect(value.device == other.device, argument, f"device {other.device} (as {name})", value.device)
+        raise ValueError(f"{argument}: expected dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if device_of is not None and value.device != device_of[1].device:
+        raise ValueError(f"{argument}: expected device {device_of[1].device} (as {device_of[0]}), got {value.device}")
 
 
 def expect_choice(value: object, argument: str, choices: Sequence[object]) -> None:

@@ -108,7 +108,7 @@ class GroupedMoE(nn.Module):
 
         The router computes in float32 whatever autocast says. Add routing.balance_loss + routing.z_loss to the loss.
         """
-        expect(x.shape[-1] == self.hidden, "x", f"shape [..., {self.hidden}]", f"shape {list(x.shape)}")
+        expect_tensor(x, "x", shape=[*[None] * (x.dim() - 1), self.hidden])
         expect_tensor(group_ids, "group_ids", shape=list(x.shape[:-1]))
         tokens = x.reshape(-1, self.hidden)
         with torch.autocast(x.device.type, enabled=False):
