@@ -17,6 +17,7 @@ from .case import Run
 
 MIN_SAMPLE_S = 2e-3  # a CPU sample repeats its call until it is this long: the clock and the call's own noise
 MIN_ROUNDS, MAX_ROUNDS = 7, 50
+LONG_ROUND_S, MIN_LONG_ROUNDS = 5.0, 3  # a round that takes so long is a steady clock by itself
 _FLUSH_BYTES = 256 << 20  # several times any L2
 
 
@@ -55,7 +56,8 @@ def interleaved(
 
     Args:
         contenders: name -> callable; each has run before (warm).
-        seconds: time to spend on all rounds together; at least `MIN_ROUNDS` are made whatever they take.
+        seconds: time to spend on all rounds together; at least `MIN_ROUNDS` are made whatever they take
+            (`MIN_LONG_ROUNDS` of rounds beyond `LONG_ROUND_S`).
 
     Raises:
         ContenderError: a contender raised.
@@ -74,7 +76,8 @@ def interleaved(
         for name, took in once.items()
     }
     round_s = sum(took * inner[name] for name, took in once.items())
-    rounds = min(max_rounds, max(MIN_ROUNDS, int(seconds / round_s)))
+    least = MIN_ROUNDS if round_s < LONG_ROUND_S else MIN_LONG_ROUNDS
+    rounds = min(max_rounds, max(least, int(seconds / round_s)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         for name in rotated(list(contenders), turn):

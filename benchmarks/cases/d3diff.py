@@ -13,8 +13,9 @@ from torch import Tensor
 from unif2ace_kernels import d3diff
 
 from ..case import FORWARD, TOLERANCE, TRAINING, Baseline, Case, Outputs, Work, bind, compiled, error_against, truth_of
+from .heads import IGNORE, Problem, Rows, at_least_float32, cut_cross_entropy_with_lse, peers, sliced_ce
 
-ALPHA, IGNORE = 0.01, -100
+ALPHA = 0.01
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,19 @@ class Head:
 
 
 SHOWO = {"V": 58498, "first": 50305, "C": 8192, "D": 2048}
+BOTH, CPU, CUDA = ("cpu", "cuda"), ("cpu",), ("cuda",)
 HEADS = [
-    ("smoke", Head(4, 16, 32, 96, 40, 48), "made up, tiny", ("cpu", "cuda")),
-    ("demo", Head(24, 64, 192, 1439, 414, 1024), "the demo's model, 24 faces a step", ("cpu", "cuda")),
-    ("paper-2x256", Head(2, 256, **SHOWO), "Show-o's head, 2 images of 256 tokens", ("cpu", "cuda")),
-    ("paper-16x256", Head(16, 256, **SHOWO), "Show-o's head, 16 images of 256 tokens", ("cuda",)),
-    ("paper-16x1024", Head(16, 1024, **SHOWO), "Show-o's head, 16 images of 1,024 tokens", ("cuda",)),
+    ("smoke", Head(4, 16, 32, 96, 40, 48), "made up, tiny", BOTH),
+    ("demo", Head(24, 64, 192, 1439, 414, 1024), "the demo's model, 24 faces a step", BOTH),
+    ("paper-2x256", Head(2, 256, **SHOWO), "Show-o's head, 2 images of 256 tokens", CUDA),
+    ("paper-16x256", Head(16, 256, **SHOWO), "Show-o's head, 16 images of 256 tokens", CUDA),
+]
+# Too much work for every op and mode: the loss over the codes, trained.
+LARGE_HEADS = [
+    ("paper-8x256", Head(8, 256, **SHOWO), "Show-o's head, 8 images of 256 tokens", CPU),
+    ("paper-64x256", Head(64, 256, **SHOWO), "Show-o's head, 64 images of 256 tokens", CUDA),
+    ("paper-16x1024", Head(16, 1024, **SHOWO), "Show-o's head, 16 images of 1,024 tokens", CUDA),
+    ("paper-64x1024", Head(64, 1024, **SHOWO), "Show-o's head, 64 images of 1,024 tokens", CUDA),
 ]
 
 
@@ -76,152 +84,104 @@ def _parameters(size: Head, dtype: torch.dtype, device: torch.device) -> list[Te
     return [hidden.to(dtype), weight.to(dtype), (torch.randn(size.V, device=device) * 0.1).to(dtype)]
 
 
-def row_weights(targets: Tensor, mask_prob: Tensor) -> Tensor:
-    """Weight of each masked row's cross entropy: 1 / M + alpha w / B, w = m'/m of the cosine schedule."""
-    masked = targets != IGNORE
+def score_weights(targets: Tensor, mask_prob: Tensor) -> Tensor:
+    """alpha w / B of each masked row, w = m'/m of the cosine schedule."""
     w = math.pi / 2 * torch.sqrt(1 - mask_prob**2) / mask_prob
-    return (1 / masked.sum() + ALPHA / len(mask_prob) * w[:, None]).expand(targets.shape)[masked]
+    return (ALPHA / len(mask_prob) * w[:, None]).expand(targets.shape)[targets != IGNORE]
 
 
-def _contenders(size: Head, full: bool, targets: Tensor, mask_prob: Tensor) -> Mapping[str, object]:
-    """Functions of (hidden, weight, bias) that give the loss; `full`: the softmax runs over the vocabulary."""
-    first, end = (0, size.V) if full else size.codes
-    objective = d3diff.Objective(code_range=size.codes, alpha=ALPHA, normalizer="full" if full else "slice")
+def row_weights(targets: Tensor, mask_prob: Tensor) -> Tensor:
+    """Weight of each masked row's cross entropy: 1 / M + alpha w / B."""
+    return 1 / (targets != IGNORE).sum() + score_weights(targets, mask_prob)
 
-    def select() -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, labels and weights of the masked rows."""
-        masked = targets != IGNORE
-        return masked.flatten().nonzero()[:, 0], targets[masked] - first, row_weights(targets, mask_prob)
 
-    def ours(hidden, weight, bias) -> Outputs:
+def _ours(size: Head, targets: Tensor, mask_prob: Tensor, **options) -> Callable[[Tensor, Tensor, Tensor], Outputs]:
+    objective = d3diff.Objective(code_range=size.codes, **{"alpha": ALPHA, **options})
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
         return (d3diff.loss(hidden, weight, bias, targets, mask_prob, objective=objective)[0],)
 
-    def full_logits(hidden, weight, bias) -> Outputs:
-        """Show-o's way: float32 logits of every row over the vocabulary, then the columns that are needed."""
-        logits = F.linear(hidden, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))[..., first:end].flatten(0, 1)
-        labels = torch.where(targets == IGNORE, IGNORE, targets - first).flatten()
-        ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-        return ((ce[labels != IGNORE] * row_weights(targets, mask_prob)).sum(),)
-
-    def sliced(hidden, weight, bias, index, labels, weights) -> Outputs:
-        logits = F.linear(hidden.flatten(0, 1)[index], weight[first:end], bias[first:end])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return ((F.cross_entropy(logits, labels, reduction="none") * weights).sum(),)
-
-    def masked_slice(hidden, weight, bias) -> Outputs:
-        """Logits of the masked rows and the needed columns, kept for the backward."""
-        return sliced(hidden, weight, bias, *select())
-
-    fast_sliced = compiled(sliced)
-
-    def masked_slice_compiled(hidden, weight, bias) -> Outputs:
-        return fast_sliced(hidden, weight, bias, *select())
-
-    def linear_cross_entropy(hidden, weight, bias) -> Outputs:
-        index, labels, weights = select()
-        ce = F.linear_cross_entropy(
-            hidden.flatten(0, 1)[index], weight[first:end], labels, linear_bias=bias[first:end], reduction="none"
-        )
-        return ((ce * weights).sum(),)
-
-    def chunked(hidden, weight, bias) -> Outputs:
-        """torch's chunked path takes no row weights: the mean, the same work."""
-        index, labels, _ = select()
-        return (F.linear_cross_entropy(
-            hidden.flatten(0, 1)[index], weight[first:end], labels, linear_bias=bias[first:end],
-            options=torch.nn.LinearCrossEntropyOptions(),
-        ),)  # fmt: skip
-
-    return {
-        "ours": ours,
-        "full logits": full_logits,
-        "masked slice": masked_slice,
-        "compiled": masked_slice_compiled,
-        "linear_cross_entropy": linear_cross_entropy,
-        "chunked": chunked,
-    }
+    return ours
 
 
-def _peers(contenders: Mapping, inputs: list[Tensor], mode: str, seeds: list[Tensor]) -> dict[str, Baseline]:
-    def baseline(function, **kind: bool) -> Baseline:
-        return Baseline(bind(function, inputs, mode, seeds), **kind)
+def _problem(
+    size: Head, full: bool, targets: Tensor, mask_prob: Tensor, dtype: torch.dtype, mode: str, device: torch.device
+) -> Problem:
+    columns = (0, size.V) if full else size.codes
 
-    peers = {
-        "full float32 logits, CE": baseline(contenders["full logits"]),
-        "masked rows, sliced logits": baseline(contenders["masked slice"]),
-        "torch.compile, sliced logits": baseline(contenders["compiled"], compiles=True),
-    }
-    absent = Baseline(None, missing=f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
-    there = hasattr(F, "linear_cross_entropy")
-    peers["F.linear_cross_entropy"] = baseline(contenders["linear_cross_entropy"]) if there else absent
-    peers["F.linear_cross_entropy, chunked"] = (
-        baseline(contenders["chunked"], rate_only=True)
-        if hasattr(torch.nn, "LinearCrossEntropyOptions")
-        else Baseline(None, missing=f"torch {torch.__version__} has no torch.nn.LinearCrossEntropyOptions")
+    def select() -> Rows:
+        masked = targets != IGNORE
+        return Rows(masked.flatten().nonzero()[:, 0], targets[masked] - columns[0], row_weights(targets, mask_prob))
+
+    inputs, seeds = _parameters(size, dtype, device), [torch.ones((), device=device)]
+    return Problem(select, targets, columns, inputs, mode, seeds)
+
+
+def _work(problem: Problem, ours: Callable, baselines: Mapping[str, Baseline], truth: Callable) -> Work:
+    dtype = problem.inputs[0].dtype
+    return Work(
+        ours=bind(ours, problem.inputs, problem.mode, problem.seeds),
+        baselines=baselines,
+        error=error_against(truth_of(truth, problem.inputs, problem.mode, problem.seeds)),
+        tolerance=TOLERANCE[dtype],
     )
-    return peers
 
 
 def _loss_work(size: Head, full: bool, dtype: torch.dtype, mode: str, device: torch.device) -> Work:
     targets, mask_prob = _batch(size, device)
-    inputs, seeds = _parameters(size, dtype, device), [torch.ones((), device=device)]
-    contenders = _contenders(size, full, targets, mask_prob)
-    return Work(
-        ours=bind(contenders["ours"], inputs, mode, seeds),
-        baselines=_peers(contenders, inputs, mode, seeds),
-        error=error_against(truth_of(contenders["masked slice"], inputs, mode, seeds)),
-        tolerance=TOLERANCE[dtype],
-    )
+    problem = _problem(size, full, targets, mask_prob, dtype, mode, device)
+    normalizer = "full" if full else "slice"
+    ours = _ours(size, targets, mask_prob, normalizer=normalizer)
+    alone = problem.bind(_ours(size, targets, mask_prob, normalizer=normalizer, alpha=0), rate_only=True)
+    return _work(problem, ours, {**peers(problem), "ours without the score term": alone}, problem.of_rows(sliced_ce))
+
+
+def _unnormalized_work(size: Head, dtype: torch.dtype, mode: str, device: torch.device) -> Work:
+    """The reading whose loss has the log-sum-exp beside the cross entropy."""
+    targets, mask_prob = _batch(size, device)
+    problem = _problem(size, False, targets, mask_prob, dtype, mode, device)
+    first, end = size.codes
+
+    def composed(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor, Tensor], Outputs]:
+        def contender(hidden: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
+            rows = problem.select()
+            x = hidden.flatten(0, 1)[rows.index]
+            ce, lse = function(x, weight[first:end], bias[first:end], rows.labels)
+            u = lse - math.log(end - first)
+            return ((rows.weights * ce + score_weights(targets, mask_prob) * (torch.expm1(u) - u)).sum(),)
+
+        return contender
+
+    def sliced(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = at_least_float32(F.linear(x, weight, bias))
+        return F.cross_entropy(logits, labels, reduction="none"), logits.logsumexp(-1)
+
+    cce = cut_cross_entropy_with_lse(device)
+    baselines = {
+        "masked rows, sliced logits": problem.bind(composed(sliced)),
+        "torch.compile, sliced logits": problem.bind(composed(compiled(sliced)), compiles=True),
+        "cut-cross-entropy, return_lse": Baseline(None, missing=cce)
+        if isinstance(cce, str)
+        else problem.bind(composed(cce)),
+        "ours without the score term": problem.bind(_ours(size, targets, mask_prob, alpha=0), rate_only=True),
+    }
+    return _work(problem, _ours(size, targets, mask_prob, score="unnormalized"), baselines, composed(sliced))
 
 
 def _next_token_work(size: Head, dtype: torch.dtype, mode: str, device: torch.device) -> Work:
-    inputs, seeds = _parameters(size, dtype, device), [torch.ones((), device=device)]
     labels = torch.randint(size.first, (size.B, size.N), device=device)
     labels[:, : size.N // 2] = IGNORE  # the question; the loss is on the answer
 
-    def select() -> tuple[Tensor, Tensor]:
+    def select() -> Rows:
         answer = labels != IGNORE
-        return answer.flatten().nonzero()[:, 0], labels[answer]
+        return Rows(answer.flatten().nonzero()[:, 0], labels[answer], None)
 
     def ours(hidden, weight, bias) -> Outputs:
         return (d3diff.next_token_loss(hidden, weight, bias, labels)[0],)
 
-    def full_logits(hidden, weight, bias) -> Outputs:
-        logits = F.linear(hidden, weight, bias).flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE),)
-
-    def sliced(hidden, weight, bias, index, kept) -> Outputs:
-        logits = F.linear(hidden.flatten(0, 1)[index], weight, bias)
-        return (F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), kept),)
-
-    def masked_slice(hidden, weight, bias) -> Outputs:
-        return sliced(hidden, weight, bias, *select())
-
-    fast_sliced = compiled(sliced)
-
-    def masked_slice_compiled(hidden, weight, bias) -> Outputs:
-        return fast_sliced(hidden, weight, bias, *select())
-
-    def linear_cross_entropy(hidden, weight, bias) -> Outputs:
-        index, kept = select()
-        return (F.linear_cross_entropy(hidden.flatten(0, 1)[index], weight, kept, linear_bias=bias),)
-
-    def chunked(hidden, weight, bias) -> Outputs:
-        index, kept = select()
-        options = torch.nn.LinearCrossEntropyOptions()
-        rows = hidden.flatten(0, 1)[index]
-        return (F.linear_cross_entropy(rows, weight, kept, linear_bias=bias, options=options),)
-
-    contenders = {"full logits": full_logits, "masked slice": masked_slice, "compiled": masked_slice_compiled,
-                  "linear_cross_entropy": linear_cross_entropy, "chunked": chunked}  # fmt: skip
-    return Work(
-        ours=bind(ours, inputs, mode, seeds),
-        baselines=_peers(contenders, inputs, mode, seeds),
-        error=error_against(truth_of(masked_slice, inputs, mode, seeds)),
-        tolerance=TOLERANCE[dtype],
-    )
+    inputs, seeds = _parameters(size, dtype, device), [torch.ones((), device=device)]
+    problem = Problem(select, labels, (0, size.V), inputs, mode, seeds)
+    return _work(problem, ours, peers(problem), problem.of_rows(sliced_ce))
 
 
 def _logits_work(size: Head, dtype: torch.dtype, mode: str, device: torch.device) -> Work:
@@ -236,7 +196,7 @@ def _logits_work(size: Head, dtype: torch.dtype, mode: str, device: torch.device
 
     def sliced(logits, index, labels, weights) -> Outputs:
         rows = logits.flatten(0, 1)[:, first:end][index]
-        ce = F.cross_entropy(rows.to(torch.promote_types(rows.dtype, torch.float32)), labels, reduction="none")
+        ce = F.cross_entropy(at_least_float32(rows), labels, reduction="none")
         return ((ce * weights).sum(),)
 
     def through(function) -> Callable[[Tensor], Outputs]:
@@ -281,40 +241,63 @@ def _noise_work(size: Head, device: torch.device) -> Work:
     )
 
 
+def _loss_case(shape: str, size: Head, source: str, devices: tuple[str, ...], mode: str, dtype: torch.dtype,
+               full: bool) -> Case:  # fmt: skip
+    columns = size.V if full else size.C
+    return Case(
+        "d3diff.loss", f"{shape} {'full' if full else 'slice'}", _sizes(size), source, mode, dtype,
+        size.flops(columns, mode), size.bytes(columns, mode, dtype.itemsize),
+        lambda device: _loss_work(size, full, dtype, mode, device), devices, shape == "smoke",
+    )  # fmt: skip
+
+
+def _noise_case(shape: str, size: Head, source: str, devices: tuple[str, ...]) -> Case:
+    return Case(
+        "d3diff.noise", shape, _sizes(size), source, FORWARD, torch.int64, 0, 17.0 * size.B * size.N,
+        lambda device: _noise_work(size, device), devices, shape == "smoke",
+    )  # fmt: skip
+
+
+def _sizes(size: Head) -> dict[str, int]:
+    return {"B": size.B, "N": size.N, "masked": size.masked, "D": size.D, "V": size.V, "codes": size.C}
+
+
+def _other_cases(
+    shape: str, size: Head, source: str, devices: tuple[str, ...], mode: str, dtype: torch.dtype
+) -> Iterator[Case]:
+    """The other readings, entries and tasks."""
+    item, common = dtype.itemsize, (devices, shape == "smoke")
+    answers = size.B * (size.N - size.N // 2)
+    yield Case(
+        "d3diff.loss", f"{shape} unnormalized", _sizes(size), source, mode, dtype,
+        size.flops(size.C, mode), size.bytes(size.C, mode, item),
+        lambda device: _unnormalized_work(size, dtype, mode, device), *common,
+    )  # fmt: skip
+    yield Case(
+        "d3diff.next_token_loss", shape, {**_sizes(size), "labelled": answers}, source, mode, dtype,
+        size.flops(size.V, mode, answers), size.bytes(size.V, mode, item, answers),
+        lambda device: _next_token_work(size, dtype, mode, device), *common,
+    )  # fmt: skip
+    written = 0.0 if mode == FORWARD else float(size.B * size.N * size.V * item)
+    yield Case(
+        "d3diff.loss_from_logits", shape, _sizes(size), source, mode, dtype, 0,
+        float(size.masked * size.C * item) + written,
+        lambda device: _logits_work(size, dtype, mode, device), *common,
+    )  # fmt: skip
+
+
 def _cases() -> Iterator[Case]:
     for shape, size, source, devices in HEADS:
-        sizes = {"B": size.B, "N": size.N, "masked": size.masked, "D": size.D, "V": size.V, "codes": size.C}
-        smoke = shape == "smoke"
-        answers = size.B * (size.N - size.N // 2)
-        common = (devices, smoke)
         for mode in (FORWARD, TRAINING):
-            for dtype in (torch.float32,) if smoke else (torch.float32, torch.bfloat16):
-                item = dtype.itemsize
+            for dtype in (torch.float32,) if shape == "smoke" else (torch.float32, torch.bfloat16):
                 for full in (False, True):
-                    columns = size.V if full else size.C
-                    yield Case(
-                        "d3diff.loss", f"{shape} {'full' if full else 'slice'}", sizes, source, mode, dtype,
-                        size.flops(columns, mode), size.bytes(columns, mode, item),
-                        lambda device, size=size, full=full, dtype=dtype, mode=mode: _loss_work(
-                            size, full, dtype, mode, device), *common,
-                    )  # fmt: skip
-                yield Case(
-                    "d3diff.next_token_loss", shape, {**sizes, "labelled": answers}, source, mode, dtype,
-                    size.flops(size.V, mode, answers), size.bytes(size.V, mode, item, answers),
-                    lambda device, size=size, dtype=dtype, mode=mode: _next_token_work(size, dtype, mode, device),
-                    *common,
-                )  # fmt: skip
-                read = float(size.masked * size.C * item)
-                written = 0.0 if mode == FORWARD else float(size.B * size.N * size.V * item)
-                yield Case(
-                    "d3diff.loss_from_logits", shape, sizes, source, mode, dtype, 0, read + written,
-                    lambda device, size=size, dtype=dtype, mode=mode: _logits_work(size, dtype, mode, device),
-                    *common,
-                )  # fmt: skip
-        yield Case(
-            "d3diff.noise", shape, sizes, source, FORWARD, torch.int64, 0, 17.0 * size.B * size.N,
-            lambda device, size=size: _noise_work(size, device), *common,
-        )  # fmt: skip
+                    yield _loss_case(shape, size, source, devices, mode, dtype, full)
+                yield from _other_cases(shape, size, source, devices, mode, dtype)
+        yield _noise_case(shape, size, source, devices)
+    for shape, size, source, devices in LARGE_HEADS:
+        for dtype in (torch.float32, torch.bfloat16) if "cpu" in devices else (torch.bfloat16,):
+            yield _loss_case(shape, size, source, devices, TRAINING, dtype, False)
+        yield _noise_case(shape, size, source, devices)
 
 
 CASES = list(_cases())
