@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from .._checks import expect, expect_choice, expect_tensor
-from .._library import Implementation, compiled, register
+from .._library import KERNEL_DTYPES, Implementation, compiled, register
+from .._triton import triton_implementation
 from . import draw_torch
 
 Tensor = torch.Tensor
@@ -46,18 +47,32 @@ _draw = register(
 )
 _sample_logits = register(
     f"sample_logits(Tensor cond, Tensor? uncond, {_DRAW}",
-    implementations=[compiled("sample_logits", "cpu"), Implementation("torch", _TORCH, draw_torch.sample_logits)],
+    implementations=[
+        # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
+        triton_implementation("unif2ace_kernels.sampling.draw_triton", "sample_logits"),
+        compiled("sample_logits", "cuda", KERNEL_DTYPES),
+        compiled("sample_logits", "cpu"),
+        Implementation("torch", _TORCH, draw_torch.sample_logits),
+    ],
     fake=_fake_sample_logits,
 )
 _sample_hidden = register(
     f"sample_hidden(Tensor h_cond, Tensor? h_uncond, Tensor weight, Tensor? bias, {_DRAW}",
-    implementations=[Implementation("torch", _TORCH, draw_torch.sample_hidden)],
+    implementations=[
+        triton_implementation("unif2ace_kernels.sampling.head_triton", "sample_hidden"),
+        Implementation("torch", _TORCH, draw_torch.sample_hidden),
+    ],
     fake=_fake_sample_hidden,
 )
 _remask = register(
     "remask(Tensor confidence, Tensor unknown, Tensor count, Tensor rows, Tensor seed, Tensor offset, "
     "Tensor temperature, str ties) -> Tensor",
-    implementations=[compiled("remask", "cpu"), Implementation("torch", _TORCH, draw_torch.remask)],
+    implementations=[
+        triton_implementation("unif2ace_kernels.sampling.remask_triton", "remask"),  # before CUDA C++: as above
+        compiled("remask", "cuda", KERNEL_DTYPES),
+        compiled("remask", "cpu"),
+        Implementation("torch", _TORCH, draw_torch.remask),
+    ],
     fake=lambda confidence, unknown, *_: torch.empty_like(unknown),
 )
 
