@@ -40,9 +40,10 @@ def phi(qk_layernorm: bool = True, rows: int = 67) -> torch.nn.Module:
 
 
 def save(model: torch.nn.Module, folder, settings=None):
+    """As transformers writes it, `settings` changed."""
     folder.mkdir()
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "vocab_size": 67, **(settings or {})}))
+    (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), **(settings or {})}, default=str))
     return folder
 
 
@@ -162,6 +163,37 @@ def test_what_is_wrong_is_named(tmp_path, tensors, words):
         read(tmp_path / "phi")
     assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
     assert os.listdir(tmp_path) == ["phi"]
+
+
+@pytest.mark.parametrize(
+    "settings,words",
+    [
+        ({"hidden_act": "relu"}, "hidden_act relu, only gelu_new"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+        ({"rope_theta": 5e5, "rope_parameters": None}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type linear"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ],
+)
+def test_a_phi_of_another_function_is_not_taken(tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        read(save(phi(), tmp_path / "phi", settings))
+
+
+@pytest.mark.parametrize(
+    "settings,share,channels",
+    [
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, 0.25, 2),
+        ({"rope_parameters": None, "partial_rotary_factor": 1}, 1, 8),
+        ({"rope_parameters": None}, 0.5, 4),
+    ],
+    ids=["as transformers writes it", "as older files have it", "unsaid"],
+)
+def test_the_share_of_channels_that_turn_is_its_configs(tmp_path, settings, share, channels):
+    model = read(save(phi(), tmp_path / "phi", settings))
+    assert model.config.rotary == share and model.rotary_channels == channels
 
 
 def test_an_ffn_that_experts_cannot_be_cut_from(tmp_path):

@@ -154,10 +154,17 @@ def test_what_has_no_place_is_named(tmp_path, capsys):
     assert len(told) == 1 and all(name in told[0] for name in extra)
 
 
-def test_the_licence_is_the_model_cards_where_there_is_one(published, tmp_path, capsys):
-    (published / "README.md").write_text("---\nlibrary_name: x\nlicense: cc-by-nc-4.0\n---\nlicense: of the text\n")
+@pytest.mark.parametrize(
+    "card,told",
+    [
+        ("---\nlibrary_name: x\nlicense: cc-by-nc-4.0\n---\nlicense: of the text\n", "cc-by-nc-4.0 (its model card)"),
+        ("---\nlibrary_name: x\n---\nlicense: of the text\n", "MIT or Apache-2.0 (as published"),
+    ],
+)
+def test_the_licence_is_the_model_cards_where_it_names_one(published, tmp_path, capsys, card, told):
+    (published / "README.md").write_text(card)
     assert command(published, tmp_path / "out") == 0
-    assert "licence: cc-by-nc-4.0 (its model card)" in capsys.readouterr().out
+    assert f"licence: {told}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- what is wrong
@@ -238,11 +245,12 @@ def test_a_missing_shard_and_a_wrong_one_are_named(tmp_path, capsys):
 
 class Intruder:
     def __reduce__(self):
-        return os.system, ("true",)
+        return os.mkdir, ("intruder",)
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(2)], {"a": Intruder()}], ids=["number", "list", "code"])
-def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys, content):
+def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)  # where an intruder would show
     (tmp_path / "show-o").mkdir()
     torch.save(content, tmp_path / "show-o" / "pytorch_model.bin")
     code = command(tmp_path / "show-o", tmp_path / "out")

@@ -187,3 +187,5 @@ def test_the_command_reads_show_os_sizes(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "is not a MAGVIT-v2" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert os.listdir(tmp_path) == ["pytorch_model.safetensors"]
+    assert main(["import", "magvit", str(tmp_path), "--out", str(tmp_path / "out"), "--dense"]) == 1
+    assert "no experts" in capsys.readouterr().err

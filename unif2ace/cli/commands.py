@@ -56,6 +56,8 @@ def ask(parsed: argparse.Namespace) -> None:
 def import_weights(parsed: argparse.Namespace) -> None:
     """Another project's weights as a part of a checkpoint, and what went where."""
     parts.can_write(parsed.out)
+    if parsed.dense and parsed.kind == "magvit":
+        raise UserError("--dense: MAGVIT-v2 has no experts, leave it out")
     part: UniF2ace | Magvit
     if parsed.kind == "magvit":
         part, told = import_magvit(parsed.path)

@@ -25,11 +25,25 @@ LICENCE = "MIT (as published at microsoft/phi-1_5)"
 NOT_PLACED = ("rotary_emb.inv_freq",)
 EXPERTS, TOP_K, PIECES = 8, 4, 16  # routed experts of each task, of them used, and FFN width / expert width
 TEXT_SLOTS = 129
+# What a Phi's config may say that ours cannot vary, and the values under which both compute the same.
+FIXED = {
+    "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_eps": (1e-5,),
+    "rope_theta": (10000.0,),
+    "rope_type": ("default",),
+    "rope_scaling": (None,),
+    "tie_word_embeddings": (False,),
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the shapes of a PhiForCausalLM tell: vocabulary rows, width, depth, heads, FFN width, q and k LayerNorm."""
+    """What the shapes and the config.json of a PhiForCausalLM tell.
+
+    Attributes:
+        rows: of the vocabulary. rotary: see `ModelConfig`.
+        qk_norm: whether queries and keys have a LayerNorm.
+    """
 
     rows: int
     hidden: int
@@ -37,13 +51,14 @@ class Sizes:
     heads: int
     ffn: int
     qk_norm: bool
+    rotary: float
 
     @classmethod
     def read(cls, weights: Weights, prefix: str, what: str) -> Sizes:
         """Sizes from the names that begin with `prefix`.
 
         Raises:
-            UserError: the tensors that tell them are not there.
+            UserError: the tensors that tell them are not there, or its config is of a function that ours is not.
         """
         first = f"{prefix}model.layers.0."
         embedding, fc1, q_norm = (
@@ -58,12 +73,27 @@ class Sizes:
             some = ", ".join(sorted(weights.shapes)[:3])
             raise UserError(f"{weights.path} is not {what}: it has no {prefix}model.embed_tokens.weight but {some}")
         hidden = embedding[1]
-        heads = weights.settings().get("num_attention_heads", hidden // (q_norm[0] if q_norm else 64))
+        settings = weights.settings()
+        settings |= settings.get("rope_parameters") or {}
+        for name, allowed in FIXED.items():
+            if settings.get(name, allowed[0]) not in allowed:
+                raise UserError(
+                    f"{weights.path}: its config has {name} {settings[name]}, only {allowed[0]} can be taken"
+                )
+        heads = settings.get("num_attention_heads", hidden // (q_norm[0] if q_norm else 64))
         if not isinstance(heads, int) or heads < 1 or hidden % heads:
             raise UserError(f"{weights.path}: {heads} heads do not divide the width {hidden}: check its config.json")
         numbered = re.compile(re.escape(prefix) + r"model\.layers\.(\d+)\.")
         found = {int(match[1]) for match in map(numbered.match, weights.shapes) if match}
-        return cls(embedding[0], hidden, max(found) + 1, heads, fc1[0], q_norm is not None)
+        return cls(
+            embedding[0],
+            hidden,
+            max(found) + 1,
+            heads,
+            fc1[0],
+            q_norm is not None,
+            settings.get("partial_rotary_factor", 0.5),
+        )
 
     def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """Every name and shape of a PhiForCausalLM of these sizes."""
@@ -101,6 +131,7 @@ class Sizes:
             hidden=self.hidden,
             layers=self.layers,
             heads=self.heads,
+            rotary=self.rotary,
             parallel_block=True,
             ffn=self.ffn,
             image_tokens=image_tokens,
