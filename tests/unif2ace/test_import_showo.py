@@ -146,6 +146,14 @@ def test_the_command_writes_what_comes_back_to_the_same_logits(published, tmp_pa
         assert (logits(before, batch) - logits(after, batch)).abs().max() < 0.1
 
 
+def test_the_command_leaves_the_experts_out_when_told(published, tmp_path, capsys):
+    for name, options in (("experts", []), ("dense", ["--dense"])):
+        assert main(["import", "showo", str(published), "--out", str(tmp_path / name), *options]) == 0
+        told, config = capsys.readouterr().out, parts.model_config(tmp_path / name)
+        assert (config.token_moe is None) == (config.sequence_moe is None) == (name == "dense")
+        assert ("experts: none" in told) == (name == "dense")
+
+
 def test_what_has_no_place_is_named(tmp_path, capsys):
     extra = {name: torch.zeros(2, 2) for name in ("mm_projector.0.weight", "mm_projector.2.weight")}
     extra["showo.model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
@@ -272,6 +280,7 @@ def test_a_folder_that_is_there_stays_as_it_is(published, capsys):
     before = sorted(os.listdir(published))
     assert_refused(capsys, command(published, published), published.parent, "exists")
     assert sorted(os.listdir(published)) == before
+    assert_refused(capsys, command(published / "nowhere", published), published.parent, "exists")  # said before work
 
 
 @pytest.mark.parametrize("size", [0, 100_000])
