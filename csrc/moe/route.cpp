@@ -1,6 +1,6 @@
-// unif2ace_native::moe_route and its backward on the CPU, over the tiles of route.h.
+// unif2ace_native::moe_route and its backward: on the CPU over the tiles of route.h, on CUDA by the launches of route.cu.
 //
-// Tokens are taken in chunks whose number no thread count changes, so that sums have one order: a chunk's choices and
+// On the CPU tokens are taken in chunks whose number no thread count changes, so that sums have one order: a chunk's choices and
 // partial sums in parallel, the chunks' running counts one after the other, then each chunk places its slots.
 #include <optional>
 #include <string>
@@ -10,6 +10,7 @@
 
 #include "common/torch_stable.h"
 #include "moe/route.h"
+#include "moe/route_cuda.h"
 #include "moe/tiles.h"
 
 namespace unif2ace {
@@ -299,6 +300,97 @@ Tensor route_backward_cpu(std::optional<Tensor> grad_weight, std::optional<Tenso
   return grad;
 }
 
+#ifdef UNIF2ACE_WITH_CUDA
+Number number_of(ScalarType dtype, const char* name) {
+  switch (dtype) {
+    case ScalarType::Float: return Number::f32;
+    case ScalarType::BFloat16: return Number::bf16;
+    case ScalarType::Half: return Number::f16;
+    case ScalarType::Long: return Number::i64;
+    case ScalarType::Int: return Number::i32;
+    case ScalarType::Short: return Number::i16;
+    case ScalarType::Char: return Number::i8;
+    default: STD_TORCH_CHECK(dtype == ScalarType::Byte, name, ": expected another dtype"); return Number::u8;
+  }
+}
+
+Strided strided(const Tensor& tensor, const char* name) {
+  return {tensor.const_data_ptr(), number_of(tensor.scalar_type(), name), tensor.dim() > 0 ? tensor.stride(0) : 0,
+          tensor.dim() > 1 ? tensor.stride(1) : 0};
+}
+
+RouteGroups make_groups(const Tensor& logits, const Tensor& group_ids, const std::vector<int64_t>& group_sizes,
+                        const std::vector<double>& coef, int64_t top_k, int64_t shared, bool normalize,
+                        const std::string& scoring) {
+  const auto router = make_router<float>(logits, group_sizes, top_k, shared, normalize, scoring, 0);
+  STD_TORCH_CHECK(coef.size() == group_sizes.size(), "balance_coef: expected one for each group");
+  STD_TORCH_CHECK(router.groups() <= kMaxGroups, "group_sizes: expected at most ", kMaxGroups, " groups");
+  STD_TORCH_CHECK(group_ids.dim() == 1 && group_ids.size(0) == logits.size(0), "group_ids: expected one for each token");
+  RouteGroups groups{static_cast<int>(router.groups()), static_cast<int>(top_k), static_cast<int>(shared), normalize,
+                     router.softmax, {}, {}};
+  for (int64_t g = 0; g < router.groups(); ++g) {
+    groups.first[g + 1] = static_cast<int>(router.first[g + 1]);
+    groups.coef[g] = static_cast<float>(coef[g]);
+  }
+  return groups;
+}
+
+Outputs route_cuda(const Tensor& logits, const Tensor& group_ids, std::vector<int64_t> group_sizes, int64_t top_k,
+                   int64_t shared, std::vector<double> balance_coef, bool normalize, std::string scoring,
+                   std::optional<Tensor> selection_bias, double z_coef) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const RouteGroups groups =
+      make_groups(logits, group_ids, group_sizes, balance_coef, top_k, shared, normalize, scoring);
+  const int64_t tokens = logits.size(0), slots = top_k + shared, routed = groups.routed(), experts = groups.experts();
+  const int64_t blocks = route_blocks(tokens);
+  const auto make = [&](std::vector<int64_t> shape, ScalarType dtype) {
+    return torch::stable::new_empty(logits, shape, dtype);
+  };
+  Tensor weight = make({tokens, slots}, ScalarType::Float), expert = make({tokens, slots}, ScalarType::Long);
+  Tensor counts = make({experts}, ScalarType::Long), offsets = make({experts + 1}, ScalarType::Long);
+  Tensor order = make({tokens * slots}, ScalarType::Long);
+  Tensor frequency = make({routed}, ScalarType::Float), probability = make({routed}, ScalarType::Float);
+  Tensor balance = make({}, ScalarType::Float), z = make({}, ScalarType::Float);
+  Tensor block_counts = make({experts, blocks}, ScalarType::Int);
+  Tensor block_sums = make({routed + 1, blocks}, ScalarType::Float), sums = make({routed + 1}, ScalarType::Float);
+  const auto floats = [](Tensor& each) { return each.mutable_data_ptr<float>(); };
+  const auto ints = [](Tensor& each) { return each.mutable_data_ptr<int64_t>(); };
+  const RouteForward arguments{
+      strided(logits, "logits"), strided(group_ids, "group_ids"),
+      selection_bias ? strided(*selection_bias, "selection_bias") : Strided{}, tokens,
+      static_cast<float>(z_coef / static_cast<double>(std::max<int64_t>(tokens, 1))), z_coef != 0, floats(weight),
+      ints(expert), ints(counts), ints(offsets), ints(order), floats(frequency), floats(probability), floats(balance),
+      floats(z), block_counts.mutable_data_ptr<int>(), floats(block_sums), floats(sums)};
+  launch_route(arguments, groups, current_stream(logits));
+  return {weight, expert, counts, offsets, order, frequency, probability, balance, z};
+}
+
+Tensor route_backward_cuda(std::optional<Tensor> grad_weight, std::optional<Tensor> grad_probability,
+                           std::optional<Tensor> grad_balance_loss, std::optional<Tensor> grad_z_loss,
+                           const Tensor& logits, const Tensor& group_ids, const Tensor& expert, const Tensor& counts,
+                           std::vector<int64_t> group_sizes, int64_t top_k, std::vector<double> balance_coef,
+                           bool normalize, std::string scoring, double z_coef) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const int64_t tokens = logits.size(0);
+  const RouteGroups groups = make_groups(logits, group_ids, group_sizes, balance_coef, top_k, expert.size(1) - top_k,
+                                         normalize, scoring);
+  STD_TORCH_CHECK(expert.is_contiguous() && expert.size(0) == tokens, "expert: expected contiguous [T, S]");
+  STD_TORCH_CHECK(counts.is_contiguous() && counts.numel() == groups.experts(), "counts: expected one for each expert");
+  const auto numbers = [](const std::optional<Tensor>& given) {
+    return given ? given->const_data_ptr<float>() : nullptr;
+  };
+  Tensor grad = torch::stable::new_empty(logits, {tokens, logits.size(1)});
+  const RouteBackward arguments{
+      grad_weight ? strided(*grad_weight, "grad_weight") : Strided{}, numbers(grad_probability),
+      numbers(grad_balance_loss), z_coef != 0 ? numbers(grad_z_loss) : nullptr,
+      grad_probability ? grad_probability->stride(0) : 0, strided(logits, "logits"), strided(group_ids, "group_ids"),
+      expert.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>(), tokens,
+      static_cast<float>(z_coef / static_cast<double>(std::max<int64_t>(tokens, 1))), grad.mutable_data_ptr()};
+  launch_route_backward(arguments, groups, current_stream(logits));
+  return grad;
+}
+#endif
+
 }  // namespace
 }  // namespace unif2ace
 
@@ -317,3 +409,10 @@ STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) {
   m.impl("moe_route", TORCH_BOX(&unif2ace::route_cpu));
   m.impl("moe_route_backward", TORCH_BOX(&unif2ace::route_backward_cpu));
 }
+
+#ifdef UNIF2ACE_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CUDA, m) {
+  m.impl("moe_route", TORCH_BOX(&unif2ace::route_cuda));
+  m.impl("moe_route_backward", TORCH_BOX(&unif2ace::route_backward_cuda));
+}
+#endif

@@ -13,6 +13,7 @@
 
 #include "common/simd.h"
 #include "moe/activation.h"
+#include "moe/route.cuh"
 #include "moe/tiles.h"
 
 namespace unif2ace {
@@ -22,11 +23,7 @@ constexpr int64_t kLanes = 16;
 template <class Real>
 using Key = std::conditional_t<std::is_same_v<Real, double>, int64_t, int32_t>;
 
-// Sorts as the numbers do, -0 as 0, NaN above all; never the lowest integer, which stands for "not there".
-UNIF2ACE_INLINE int32_t order_key(float x) {
-  const int32_t bits = float_bits(x + 0.0f), key = bits ^ ((bits >> 31) & 0x7FFFFFFF);
-  return x == x ? key : std::numeric_limits<int32_t>::max();
-}
+// As the one for float.
 UNIF2ACE_INLINE int64_t order_key(double x) {
   int64_t bits;
   const double positive_zero = x + 0.0;
@@ -131,8 +128,6 @@ UNIF2ACE_INLINE void sum_tile(const Real* __restrict values, int64_t columns, Re
   for (int64_t n = 0; n < columns; ++n)
     for (int64_t l = 0; l < kLanes; ++l) sum[l] += values[n * kLanes + l];
 }
-
-constexpr double kTiny = 1e-20;  // as in route_torch.py
 
 // best[k] = the k-th largest: keys are taken out as they win, and of equals the first wins.
 template <class Integer>

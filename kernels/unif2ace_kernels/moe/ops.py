@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import expect, expect_choice, expect_tensor
-from .._library import Implementation, compiled, register
+from .._library import KERNEL_DTYPES, Implementation, compiled, register
 from .._triton import triton_implementation
 from . import activation_torch, experts_torch, mix_torch, route_torch
 
@@ -119,6 +119,7 @@ _route_backward = register(
     " float[] balance_coef, bool normalize, str scoring, float z_coef) -> Tensor",
     implementations=[
         triton_implementation("unif2ace_kernels.moe.route_triton", "backward"),
+        replace(compiled("moe_route_backward", "cuda"), dtypes=KERNEL_DTYPES),
         compiled("moe_route_backward", "cpu"),
         *_torch(route_torch.backward),
     ],
@@ -130,7 +131,9 @@ _route = register(
     " bool normalize, str scoring, Tensor? selection_bias, float z_coef)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations=[
+        # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
         triton_implementation("unif2ace_kernels.moe.route_triton", "forward"),
+        replace(compiled("moe_route", "cuda"), dtypes=KERNEL_DTYPES),
         _with_value_errors(compiled("moe_route", "cpu")),
         *_torch(route_torch.forward),
     ],
