@@ -232,14 +232,22 @@ _experts_backward = register(
     "moe_experts_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor order, Tensor offsets,"
     " Tensor w_in, Tensor w_out, Tensor? b_out, bool has_b_in, str activation)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementations=[compiled("moe_experts_backward", "cpu"), *_torch(experts_torch.backward)],
+    implementations=[
+        triton_implementation("unif2ace_kernels.moe.experts_triton", "backward"),
+        compiled("moe_experts_backward", "cpu"),
+        *_torch(experts_torch.backward),
+    ],
     fake=_experts_backward_fake,
     backward=_once_differentiable("moe_experts_backward"),
 )
 _experts = register(
     "moe_experts(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor w_in, Tensor? b_in, Tensor w_out,"
     " Tensor? b_out, str activation) -> (Tensor, Tensor)",
-    implementations=[compiled("moe_experts", "cpu"), *_torch(experts_torch.forward)],
+    implementations=[
+        triton_implementation("unif2ace_kernels.moe.experts_triton", "forward"),
+        compiled("moe_experts", "cpu"),
+        *_torch(experts_torch.forward),
+    ],
     fake=_experts_fake,
     setup_context=_experts_setup,
     backward=_experts_autograd,
@@ -311,13 +319,21 @@ def _mix_autograd(ctx, grad_y):
 
 _mix_backward = register(
     "moe_mix_backward(Tensor grad_y, Tensor x, Tensor coef, Tensor injected) -> (Tensor, Tensor, Tensor)",
-    implementations=[compiled("moe_mix_backward", "cpu"), *_torch(mix_torch.backward)],
+    implementations=[
+        triton_implementation("unif2ace_kernels.moe.mix_triton", "backward"),
+        compiled("moe_mix_backward", "cpu"),
+        *_torch(mix_torch.backward),
+    ],
     fake=lambda grad_y, *inputs: tuple(each.new_empty(each.shape) for each in inputs),
     backward=_once_differentiable("moe_mix_backward"),
 )
 _mix = register(
     "moe_mix(Tensor x, Tensor coef, Tensor injected) -> Tensor",
-    implementations=[compiled("moe_mix", "cpu"), *_torch(mix_torch.forward)],
+    implementations=[
+        triton_implementation("unif2ace_kernels.moe.mix_triton", "forward"),
+        compiled("moe_mix", "cpu"),
+        *_torch(mix_torch.forward),
+    ],
     fake=lambda x, coef, injected: x.new_empty(x.shape),
     setup_context=_mix_setup,
     backward=_mix_autograd,
