@@ -9,6 +9,7 @@ import torch
 from cuda_on_cpu import execute
 from route_cases import CASES, RouteCase, check
 
+from unif2ace_kernels import _library
 from unif2ace_kernels.moe import route_torch
 
 # The order of unif2ace::Number.
@@ -18,14 +19,18 @@ NUMBERS = (
 SEEDS = (0, 1)
 
 
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor from its first element to its last."""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((reach if tensor.numel() else 0,), (1,))
+
+
 def _bytes(tensor: torch.Tensor | None) -> tuple:
-    """(bytes from the first element to the last, type, stride, stride) of a tensor, which may be None."""
+    """(bytes, type, stride, stride) of a tensor, which may be None."""
     if tensor is None:
         tensor = torch.zeros(0)
     strides = (*tensor.stride(), 0, 0)[:2]
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((reach if tensor.numel() else 0,), (1,))
-    return flat.contiguous().view(torch.uint8).numpy(), NUMBERS.index(tensor.dtype), *strides
+    return _flat(tensor).contiguous().view(torch.uint8).numpy(), NUMBERS.index(tensor.dtype), *strides
 
 
 def _on_fibers(seeds=SEEDS):
@@ -75,5 +80,89 @@ def test_on_fibers_ids_out_of_range_stay_in_bounds():
 def test_on_fibers_many_columns():
     """Eight columns a lane, and 32."""
     for size in (200, 300):
-        case = RouteCase("wide", tokens=5, sizes=(size, 3), top_k=3, mix=(1, 0))
+        case = RouteCase("wide", tokens=3, sizes=(size, 3), top_k=3, mix=(1, 0))
         check(case, *_on_fibers(seeds=(1,)))
+
+
+def _on_gpu(name: str) -> tuple:
+    """Forward and backward of the implementation "triton" or "cuda c++"."""
+    found = []
+    for op in ("moe_route", "moe_route_backward"):
+        (candidate,) = (each for each in _library._IMPLEMENTATIONS[op] if each.name == name)
+        if candidate.missing:
+            pytest.skip(f"extension not built or Triton missing: {candidate.missing}")
+        found.append(candidate.function)
+    return tuple(found)
+
+
+def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    return _flat(tensor).cuda().as_strided(tensor.shape, tensor.stride())
+
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.parametrize("name", ["triton", "cuda c++"]),
+]
+
+
+def gpu(test):
+    for mark in on_gpu:
+        test = mark(test)
+    return test
+
+
+@gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gpu(name, case):
+    check(case, *_on_gpu(name), move=_to_gpu)
+
+
+@gpu
+def test_gpu_long_batch_is_that_of_the_cpu_and_the_same_on_every_run(name):
+    forward, backward = _on_gpu(name)
+    for sizes, top_k in [((64, 40), 4), ((8, 8), 2), ((256,), 8)]:
+        arguments = RouteCase("long", tokens=70_001, sizes=sizes, top_k=top_k).arguments()
+        moved = [_to_gpu(each) if isinstance(each, torch.Tensor) else each for each in arguments]
+        plain, first, second = route_torch.forward(*arguments), forward(*moved), forward(*moved)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for place in (1, 2, 3, 4):
+            assert torch.equal(first[place].cpu(), plain[place])
+        for place in (0, 5, 6, 7, 8):
+            torch.testing.assert_close(first[place].cpu(), plain[place], rtol=1e-5, atol=1e-6)
+        given = torch.randn_like(plain[0]), None, torch.tensor(1.0), torch.tensor(1.0), *arguments[:2], *plain[1:3]
+        options = arguments[2], top_k, *arguments[5:8], arguments[9]
+        on_gpu = [None if each is None else _to_gpu(each) for each in given]
+        gradients = [backward(*on_gpu, *options) for _ in range(2)]
+        assert torch.equal(*gradients)
+        expected = route_torch.backward(*given, *options)
+        torch.testing.assert_close(gradients[0].cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@gpu
+def test_gpu_in_a_captured_graph_and_without_waiting(name):
+    forward, backward = _on_gpu(name)
+    arguments = RouteCase("graph", tokens=300, sizes=(6, 11), top_k=3).arguments()
+    moved = [_to_gpu(each) if isinstance(each, torch.Tensor) else each for each in arguments]
+    grads = torch.ones(300, 4).cuda(), None, torch.ones((), device="cuda"), torch.ones((), device="cuda")
+    options = arguments[2], 3, *arguments[5:8], arguments[9]
+
+    def step() -> tuple:
+        outputs = forward(*moved)
+        return *outputs, backward(*grads, *moved[:2], outputs[1], outputs[2], *options)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        moved[0].copy_(torch.randn(300, 17))
+        moved[1].copy_(torch.randint(2, (300,)))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
