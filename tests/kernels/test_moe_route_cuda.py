@@ -54,7 +54,16 @@ def _on_fibers(seeds=SEEDS):
     return forward, backward
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# The others add no path through the kernels, only values.
+QUICK = ("no token", "one token", "many blocks", "every expert", "many groups", "mix 100/0", "sigmoid, biased", "ties")
+QUICK += ("raw weights", "NaN", "inf, sigmoid", "-inf", "int8 ids", "int32 ids, strided", "bfloat16, strided")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.name,
+)
 def test_on_fibers(case):
     if case.tokens == 60:  # more would only take longer: a block has 64, a warp 16
         case = replace(case, tokens=19)
@@ -77,6 +86,7 @@ def test_on_fibers_ids_out_of_range_stay_in_bounds():
     assert backward(*given, [3, 5], 2, [0.1, 0.1], True, "softmax", 0.0).isfinite().all()
 
 
+@pytest.mark.slow
 def test_on_fibers_many_columns():
     """Eight columns a lane, and 32."""
     for size in (200, 300):
