@@ -148,11 +148,16 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         command = _python("-m", "pytest", "-ra", *arguments, *collect)
         return Stage(name, command, seconds, no_pytest or missing, empty_code=5)
 
-    def bench(op: str, seconds: float, *more: str) -> Stage:
+    def bench(op: str, shape: str, seconds: float, *more: str) -> Stage:
         how = ["--list", "--device", "cuda"] if dry_run else ["--device", "cuda", "--json", str(out / "benches.jsonl")]
-        command = _python("-m", "benchmarks.run", "--op", op, "--seconds", "1", *how, *more)
-        name = " ".join(["bench", op, *("compiled" for each in more if each == "torch.compile")])
-        return Stage(name, command, seconds, needs_cuda)
+        command = _python("-m", "benchmarks.run", "--op", op, "--shape", shape, "--seconds", "1", *how, *more)
+        compiled = ["compiled"] if "torch.compile" in more else []
+        return Stage(" ".join(filter(None, ["bench", op, shape, *compiled])), command, seconds, needs_cuda)
+
+    def sweep(knob: str, seconds: float) -> Stage:
+        how = ["--list"] if dry_run else ["--json", str(out / "benches.jsonl")]
+        command = _python("-m", "benchmarks.sweep", "--knob", knob, "--seconds", "2", *how)
+        return Stage(f"sweep {knob}", command, seconds, needs_cuda)
 
     sanitizer = shutil.which("compute-sanitizer")
     smallest = ["--smoke", "--op", "random", "--device", device, "--json", str(out / "benches.jsonl")]
@@ -169,17 +174,22 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
             not_dry or (None if sanitizer else "no compute-sanitizer on the path"),
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has bounds of its own
         ),
-        bench("moe.layer", 75, "--no-compile"),
-        bench("d3diff.loss", 60, "--no-compile"),
-        bench("sampling", 45, "--no-compile"),
-        bench("random", 20),
-        bench("moe.route", 30, "--no-compile"),
-        bench("moe.mix", 30, "--no-compile"),
-        bench("d3diff.n", 40, "--no-compile"),
-        bench("d3diff.loss", 80, "--against", "torch.compile", "--shape", "paper"),
-        bench("moe.layer", 80, "--against", "torch.compile", "--shape", "paper-16k"),
+        bench("moe.layer", "gpu-core", 110, "--no-compile"),
+        bench("d3diff.loss", "x256 slice", 70, "--no-compile"),
+        bench("sampling", "paper-64x256", 60, "--no-compile"),
+        bench("moe.route", "", 40, "--no-compile"),
+        bench("moe.mix", "paper-16", 30, "--no-compile"),
+        bench("d3diff.n", "paper-16x256", 30, "--no-compile"),
+        bench("random", "", 20),
         tests("tests kernels", ["tests/kernels", "-m", "not slow"], 150, needs_cuda),
-        bench("sampling", 60, "--against", "torch.compile", "--shape", "paper-16"),
+        bench("d3diff.loss", "x1024 slice", 60, "--no-compile"),
+        bench("d3diff.loss", "paper-16x256", 80, "--against", "torch.compile"),
+        bench("moe.layer", "paper-16k", 80, "--against", "torch.compile"),
+        bench("sampling", "paper-16", 60, "--against", "torch.compile"),
+        bench("moe.layer", "gpu-grid", 200, "--no-compile"),
+        sweep("moe.layer", 400),
+        sweep("d3diff.loss", 200),
+        sweep("sampling", 100),
     ]  # fmt: skip
 
 

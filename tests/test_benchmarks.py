@@ -17,6 +17,7 @@ from benchmarks import compare, gpu, run
 from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error_against, relative_error, truth_of
 from benchmarks.cases import CASES
 from benchmarks.measure import Spread, interleaved, peak_bytes, rotated
+from benchmarks.sweep import KNOBS
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 2, 64)
@@ -310,6 +311,18 @@ def test_gpu_plan_without_cuda_says_why_each_stage_is_left_out(tmp_path: Path) -
     hopper = gpu.plan({"cuda": True, "capability": [9, 0]}, tmp_path, dry_run=False)
     assert next(stage for stage in hopper if stage.name == "build").environment == {"UNIF2ACE_CUDA_ARCHS": "90a"}
     assert sum(stage.missing is None for stage in hopper) >= len(hopper) - 1  # compute-sanitizer may be missing
+
+
+def test_gpu_plan_asks_for_cases_and_knobs_that_exist(tmp_path: Path) -> None:
+    asked = [stage.command for stage in gpu.plan({"cuda": True}, tmp_path, dry_run=False)]
+    benches = [command for command in asked if "benchmarks.run" in command and "--smoke" not in command]
+    sweeps = [command for command in asked if "benchmarks.sweep" in command]
+    assert len(benches) > 8 and len(sweeps) > 2
+    for command in benches:
+        op, shape = (command[command.index(name) + 1] for name in ("--op", "--shape"))
+        assert run.select(CASES, op=op, shape=shape, device="cuda", smoke=False), (op, shape)
+    for command in sweeps:
+        assert any(knob.name.startswith(command[command.index("--knob") + 1]) for knob in KNOBS)
 
 
 def test_gpu_dry_run_leaves_results(tmp_path: Path) -> None:
