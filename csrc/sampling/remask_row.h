@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
-#include "common/gumbel.cuh"
-#include "common/philox.cuh"
+#include "sampling/score.cuh"
 
 namespace unif2ace {
 
@@ -21,14 +19,9 @@ struct RemaskOptions {
 template <class T>
 UNIF2ACE_HOST_DEVICE void remask_keys(const T* confidence, const bool* unknown, const int64_t* rows, int64_t length,
                                       const RemaskOptions& o, T* keys) {
-  const T largest = std::numeric_limits<T>::max(), infinity = std::numeric_limits<T>::infinity();
-  for (int64_t i = 0; i < length; ++i) {
-    const T value = confidence[i] != confidence[i] ? -infinity : std::min(confidence[i], largest);
-    const uint32_t word =
-        words_of_group(o.seed, o.offset, static_cast<uint32_t>(rows[i]), 0, kRemaskStream).w[0];
-    const T noisy = value + static_cast<T>(multiply(o.temperature, gumbel(word)));
-    keys[i] = unknown[i] ? std::min(noisy, largest) : infinity;
-  }
+  for (int64_t i = 0; i < length; ++i)
+    keys[i] =
+        remask_rank(confidence[i], unknown[i], o.temperature, o.seed, o.offset, static_cast<uint32_t>(rows[i]));
 }
 
 // mask[i]: whether position i is masked again. scratch: [length].

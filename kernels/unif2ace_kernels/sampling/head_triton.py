@@ -34,7 +34,7 @@ def fold_kernel(
 ):  # fmt: skip
     """p_cond, p_uncond [rows, hidden]; p_folded: the unknown ones of them; p_list [rows]: their indices.
 
-    Grid cdiv(rows, ROWS); p_count [1]: how many; p_ticket [tickets]: zeros for head_kernel. Known rows get their outputs.
+    Grid cdiv(rows, ROWS). p_count [1]: how many; p_ticket [tickets]: zeros for head_kernel. Known rows are done here.
     """
     i_first = tl.program_id(0) * ROWS
     b_before = tl.zeros([BLOCK * ROWS], tl.int32)
