@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "moe/activation.h"
-#include "moe/matrix.h"
+#include "common/matrix.h"
 #include "moe/tiles.h"
 
 namespace unif2ace {

@@ -12,9 +12,10 @@
 
 #include "common/gumbel.cuh"
 #include "common/philox.cuh"
-#include "sampling/score.cuh"
 
 namespace unif2ace {
+
+enum class Confidence { kLogProb, kNegEntropy, kMargin };
 
 struct DrawOptions {
   int64_t seed, offset;
@@ -169,23 +170,41 @@ UNIF2ACE_HOST_DEVICE int64_t gumbel_max(T* shifted, T* weights, int64_t codes, i
   return winner;
 }
 
-// code: -1 where the largest guided logit is not finite. In: float, double, bfloat16 or half; T computes: double for
-// double, else float. scratch: 2 * padded(codes) values.
+// A row of logits of one branch; of two, guided, where -inf in either is -inf; of a product, still without its bias.
+// In is read, T computes: double for double, else float.
 template <class In, class T>
-UNIF2ACE_HOST_DEVICE void draw_row(const In* cond, const In* uncond, int64_t codes, uint32_t row,
-                                   const DrawOptions& o, T* scratch, int64_t* code, T* confidence) {
+struct Plain {
+  const In* cond;
+  UNIF2ACE_HOST_DEVICE T operator()(int64_t i) const { return static_cast<T>(cond[i]); }
+};
+
+template <class In, class T>
+struct Guided {
+  const In *cond, *uncond;
+  T up, down;
+  UNIF2ACE_HOST_DEVICE T operator()(int64_t i) const {
+    const T none = -std::numeric_limits<T>::infinity();
+    const T c = static_cast<T>(cond[i]), u = static_cast<T>(uncond[i]), mixed = up * c - down * u;
+    return (c == none) | (u == none) ? none : mixed;
+  }
+};
+
+template <class In, class T>
+struct Biased {
+  const In* product;
+  const T* bias;
+  UNIF2ACE_HOST_DEVICE T operator()(int64_t i) const { return static_cast<T>(product[i]) + bias[i]; }
+};
+
+// Draws from the logits of a row, logit(i) for i < codes. code: -1 where the largest is not finite. scratch:
+// 2 * padded(codes) values.
+template <class T, class Logit>
+UNIF2ACE_HOST_DEVICE void draw_row(const Logit& logit, int64_t codes, uint32_t row, const DrawOptions& o, T* scratch,
+                                   int64_t* code, T* confidence) {
   const T none = -std::numeric_limits<T>::infinity();
   const int64_t length = padded(codes);
   T *const shifted = scratch, *const weights = scratch + length;
-  const T a = static_cast<T>(1 + o.guidance), b = static_cast<T>(o.guidance);
-  if (uncond == nullptr) {
-    for (int64_t i = 0; i < codes; ++i) shifted[i] = static_cast<T>(cond[i]);
-  } else {
-    for (int64_t i = 0; i < codes; ++i) {
-      const T c = static_cast<T>(cond[i]), u = static_cast<T>(uncond[i]), mixed = a * c - b * u;
-      shifted[i] = (c == none) | (u == none) ? none : mixed;
-    }
-  }
+  for (int64_t i = 0; i < codes; ++i) shifted[i] = logit(i);
   std::fill(shifted + codes, shifted + length, none);
 
   Winner<T> likeliest;
@@ -220,10 +239,7 @@ UNIF2ACE_HOST_DEVICE void draw_row(const In* cond, const In* uncond, int64_t cod
     }
   }
   *code = o.temperature > 0 ? gumbel_max(shifted, weights, codes, likeliest.index, row, o) : likeliest.index;
-  // The guided logit of the winner once more: the race has scaled the row.
-  const T logit = uncond == nullptr ? static_cast<T>(cond[*code])
-                                    : a * static_cast<T>(cond[*code]) - b * static_cast<T>(uncond[*code]);
-  const T drawn = logit - likeliest.score;
+  const T drawn = logit(*code) - likeliest.score;  // once more: the race has scaled the row
   const T log_total = static_cast<T>(std::log(total));
   switch (o.confidence) {
     case Confidence::kLogProb: *confidence = drawn - log_total; break;

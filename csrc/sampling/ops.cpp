@@ -1,36 +1,43 @@
-// unif2ace_native::draw, sample_logits and remask for CPU; sample_logits and remask for CUDA where nvcc compiled them.
+// unif2ace_native::draw, sample_logits and remask for CPU.
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include "common/simd.h"
-#include "common/torch_stable.h"
-#include "sampling/draw.h"
-#include "sampling/launch.h"
 #include "sampling/remask_row.h"
+#include "sampling/rows.h"
 
 namespace unif2ace {
 namespace {
 
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
+using PlainFloat = Plain<float, float>;
+using GuidedFloat = Guided<float, float>;
+using PlainBFloat16 = Plain<BFloat16, float>;
+using GuidedBFloat16 = Guided<BFloat16, float>;
+using PlainHalf = Plain<Half, float>;
+using GuidedHalf = Guided<Half, float>;
+using PlainDouble = Plain<double, double>;
+using GuidedDouble = Guided<double, double>;
+UNIF2ACE_DRAW_ONE(PlainFloat, float)
+UNIF2ACE_DRAW_ONE(GuidedFloat, float)
+UNIF2ACE_DRAW_ONE(PlainBFloat16, float)
+UNIF2ACE_DRAW_ONE(GuidedBFloat16, float)
+UNIF2ACE_DRAW_ONE(PlainHalf, float)
+UNIF2ACE_DRAW_ONE(GuidedHalf, float)
+UNIF2ACE_DRAW_ONE(PlainDouble, double)
+UNIF2ACE_DRAW_ONE(GuidedDouble, double)
 
-// One row a call, in one version per instruction set.
-#define UNIF2ACE_DRAW_ONE(In, T)                                                                                     \
-  UNIF2ACE_SIMD_CLONES                                                                                               \
-  void draw_one(const In* cond, const In* uncond, int64_t codes, uint32_t row, const DrawOptions& options, T* scratch, \
-                int64_t* code, T* confidence) {                                                                      \
-    draw_row(cond, uncond, codes, row, options, scratch, code, confidence);                                          \
+// draw_one of row i of the branches.
+template <class T, class In>
+void draw_branches(const Branches<In>& logits, int64_t i, int64_t codes, uint32_t row, const DrawOptions& o, T* scratch,
+                   int64_t* code, T* value) {
+  if (logits.second == nullptr) {
+    draw_one(Plain<In, T>{logits.cond(i)}, codes, row, o, scratch, code, value);
+  } else {
+    const T up = static_cast<T>(1 + o.guidance), down = static_cast<T>(o.guidance);
+    draw_one(Guided<In, T>{logits.cond(i), logits.uncond(i), up, down}, codes, row, o, scratch, code, value);
   }
-UNIF2ACE_DRAW_ONE(float, float)
-UNIF2ACE_DRAW_ONE(BFloat16, float)
-UNIF2ACE_DRAW_ONE(Half, float)
-UNIF2ACE_DRAW_ONE(double, double)
-#undef UNIF2ACE_DRAW_ONE
+}
 
 UNIF2ACE_SIMD_CLONES
 void keys_of(const float* confidence, const bool* unknown, const int64_t* rows, int64_t length,
@@ -42,76 +49,6 @@ UNIF2ACE_SIMD_CLONES
 void keys_of(const double* confidence, const bool* unknown, const int64_t* rows, int64_t length,
              const RemaskOptions& options, double* keys) {
   remask_keys(confidence, unknown, rows, length, options, keys);
-}
-
-// Logits of both branches, [R, V] with contiguous rows; `second` is null where there is one branch.
-template <class In>
-struct Branches {
-  const In *first, *second;
-  int64_t first_stride, second_stride;
-
-  Branches(const Tensor& cond, const std::optional<Tensor>& uncond, int64_t column)
-      : first(static_cast<const In*>(cond.const_data_ptr()) + column),
-        second(uncond ? static_cast<const In*>(uncond->const_data_ptr()) + column : nullptr),
-        first_stride(cond.stride(0)),
-        second_stride(uncond ? uncond->stride(0) : 0) {}
-  const In* cond(int64_t row) const { return first + row * first_stride; }
-  const In* uncond(int64_t row) const { return second == nullptr ? nullptr : second + row * second_stride; }
-};
-
-// draw(i, scratch) for every i < count, on all threads.
-template <class T, class Draw>
-void for_rows(int64_t count, int64_t codes, const Draw& draw) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(2 * padded(codes));
-    for (int64_t i = begin; i < end; ++i) draw(i, scratch.data());
-  });
-}
-
-// function(In(), T()) for the logits' dtype: In is read, T computes.
-template <class Function>
-void by_dtype(const Tensor& logits, const Function& function) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return function(float(), float());
-    case ScalarType::Double: return function(double(), double());
-    case ScalarType::BFloat16: return function(BFloat16(), float());
-    case ScalarType::Half: return function(Half(), float());
-    default: STD_TORCH_CHECK(false, "cond: expected a floating dtype");
-  }
-}
-
-void check_logits(const Tensor& logits, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == like.size(0) && logits.size(1) == like.size(1) &&
-                      logits.scalar_type() == like.scalar_type() && (logits.size(1) <= 1 || logits.stride(1) == 1),
-                  name, ": expected logits [R, V] like cond, each row contiguous");
-}
-
-void check_places(const Tensor& ids, const Tensor& unknown, int64_t count) {
-  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.numel() == count && ids.is_contiguous(),
-                  "ids: expected int64 [R], contiguous");
-  STD_TORCH_CHECK(unknown.scalar_type() == ScalarType::Bool && unknown.numel() == count && unknown.is_contiguous(),
-                  "unknown: expected bool [R], contiguous");
-}
-
-void check_words(const Tensor& rows, int64_t count, const Tensor& seed, const Tensor& offset) {
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.numel() == count && rows.is_contiguous(),
-                  "rows: expected int64, contiguous, one a position");
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed: expected one int64");
-  STD_TORCH_CHECK(offset.scalar_type() == ScalarType::Long && offset.numel() == 1, "offset: expected one int64");
-}
-
-Confidence confidence_of(const std::string& name) {
-  return name == "log_prob" ? Confidence::kLogProb : name == "neg_entropy" ? Confidence::kNegEntropy : Confidence::kMargin;
-}
-
-DrawOptions draw_options(const Tensor& seed, const Tensor& offset, double guidance, double temperature, int64_t top_k,
-                         double top_p, const std::string& confidence) {
-  return {*seed.const_data_ptr<int64_t>(), *offset.const_data_ptr<int64_t>(), guidance, temperature, top_k, top_p,
-          confidence_of(confidence)};
-}
-
-ScalarType compute_dtype(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 std::tuple<Tensor, Tensor> draw_cpu(const Tensor& cond, std::optional<Tensor> uncond, const Tensor& rows,
@@ -132,8 +69,7 @@ std::tuple<Tensor, Tensor> draw_cpu(const Tensor& cond, std::optional<Tensor> un
     int64_t* const code_out = code.mutable_data_ptr<int64_t>();
     T* const value_out = value.mutable_data_ptr<T>();
     for_rows<T>(cond.size(0), codes, [&](int64_t i, T* scratch) {
-      draw_one(logits.cond(i), logits.uncond(i), codes, static_cast<uint32_t>(row[i]), options, scratch, code_out + i,
-               value_out + i);
+      draw_branches(logits, i, codes, static_cast<uint32_t>(row[i]), options, scratch, code_out + i, value_out + i);
     });
   });
   return {code, value};
@@ -147,36 +83,24 @@ std::tuple<Tensor, Tensor> sample_logits_cpu(const Tensor& cond, std::optional<T
   check_logits(cond, cond, "cond");
   if (guidance == 0) uncond.reset();
   if (uncond) check_logits(*uncond, cond, "uncond");
-  STD_TORCH_CHECK(first_code >= 0 && codes > 0 && first_code + codes <= cond.size(1), "codes: expected columns of cond");
-  const int64_t count = cond.size(0);
-  check_places(ids, unknown, count);
-  check_words(rows, count, seed, offset);
+  STD_TORCH_CHECK(first_code >= 0 && codes > 0 && first_code + codes <= cond.size(1),
+                  "codes: expected columns of cond");
+  check_words(rows, cond.size(0), seed, offset);
   const DrawOptions options = draw_options(seed, offset, guidance, temperature, top_k, top_p, confidence);
-  Tensor out = torch::stable::new_empty(ids, {count});
-  Tensor value = torch::stable::new_empty(cond, {count}, compute_dtype(cond));
+  Samples samples(ids, unknown, cond);
   by_dtype(cond, [&](auto in, auto compute) {
     using T = decltype(compute);
     const Branches<decltype(in)> logits(cond, uncond, first_code);
-    const int64_t *const row = rows.const_data_ptr<int64_t>(), *const id = ids.const_data_ptr<int64_t>();
-    const bool* const drawn = unknown.const_data_ptr<bool>();
-    int64_t* const out_ids = out.mutable_data_ptr<int64_t>();
-    T* const out_value = value.mutable_data_ptr<T>();
-    std::vector<int64_t> index;
-    index.reserve(count);
-    for (int64_t i = 0; i < count; ++i) {
-      out_ids[i] = id[i];
-      out_value[i] = std::numeric_limits<T>::infinity();
-      if (drawn[i]) index.push_back(i);
-    }
-    for_rows<T>(static_cast<int64_t>(index.size()), codes, [&](int64_t j, T* scratch) {
-      const int64_t i = index[j];
+    const int64_t* const row = rows.const_data_ptr<int64_t>();
+    const SampleRows<T> out(samples);
+    for_rows<T>(samples.count(), codes, [&](int64_t j, T* scratch) {
+      const int64_t i = samples.index[j];
       int64_t code = 0;
-      draw_one(logits.cond(i), logits.uncond(i), codes, static_cast<uint32_t>(row[i]), options, scratch, &code,
-               out_value + i);
-      if (code >= 0) out_ids[i] = first_code + code;
+      draw_branches(logits, i, codes, static_cast<uint32_t>(row[i]), options, scratch, &code, out.value + i);
+      if (code >= 0) out.ids[i] = first_code + code;
     });
   });
-  return {out, value};
+  return {samples.ids, samples.value};
 }
 
 template <class T>
@@ -228,69 +152,6 @@ Tensor remask_cpu(const Tensor& confidence, const Tensor& unknown, const Tensor&
   return mask;
 }
 
-#ifdef UNIF2ACE_WITH_CUDA
-std::tuple<Tensor, Tensor> sample_logits_cuda(const Tensor& cond, std::optional<Tensor> uncond, const Tensor& ids,
-                                              const Tensor& unknown, const Tensor& rows, const Tensor& seed,
-                                              const Tensor& offset, int64_t first_code, int64_t codes, double guidance,
-                                              double temperature, int64_t top_k, double top_p, std::string confidence,
-                                              bool /*compact: known rows leave at once*/) {
-  check_logits(cond, cond, "cond");
-  if (guidance == 0) uncond.reset();
-  if (uncond) check_logits(*uncond, cond, "uncond");
-  STD_TORCH_CHECK(first_code >= 0 && codes > 0 && first_code + codes <= cond.size(1), "codes: expected columns of cond");
-  STD_TORCH_CHECK(codes < (int64_t{1} << 30), "codes: expected fewer than 2**30, got ", codes);
-  const int64_t count = cond.size(0);
-  check_places(ids, unknown, count);
-  check_words(rows, count, seed, offset);
-  const ScalarType dtype = cond.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "cond: expected float32, bfloat16 or float16");
-  const torch::stable::accelerator::DeviceGuard guard(cond.get_device_index());
-  Tensor out = torch::stable::new_empty(ids, {count});
-  Tensor value = torch::stable::new_empty(cond, {count}, ScalarType::Float);
-  const auto columns = [first_code](const Tensor& logits) -> const void* {
-    const int64_t bytes = logits.scalar_type() == ScalarType::Float ? 4 : 2;
-    return static_cast<const char*>(logits.const_data_ptr()) + first_code * bytes;
-  };
-  DrawArguments a{};
-  a.cond = columns(cond), a.cond_stride = cond.stride(0);
-  if (uncond) a.uncond = columns(*uncond), a.uncond_stride = uncond->stride(0);
-  a.ids = ids.const_data_ptr<int64_t>(), a.rows = rows.const_data_ptr<int64_t>();
-  a.seed = seed.const_data_ptr<int64_t>(), a.offset = offset.const_data_ptr<int64_t>();
-  a.unknown = unknown.const_data_ptr<bool>();
-  a.out_ids = out.mutable_data_ptr<int64_t>(), a.out_confidence = value.mutable_data_ptr<float>();
-  a.count = count, a.first_code = first_code, a.codes = static_cast<int32_t>(codes);
-  a.top_k = top_k < codes ? static_cast<int32_t>(top_k) : 0, a.top_p = top_p;
-  a.up = static_cast<float>(1 + guidance), a.down = static_cast<float>(guidance);
-  a.inverse = temperature > 0 ? static_cast<float>(1 / temperature) : 0.0f;
-  a.confidence = confidence_of(confidence);
-  launch_draw(dtype == ScalarType::Float  ? LogitsType::kFloat
-              : dtype == ScalarType::Half ? LogitsType::kHalf
-                                          : LogitsType::kBFloat16,
-              a, current_stream(cond));
-  return {out, value};
-}
-
-Tensor remask_cuda(const Tensor& confidence, const Tensor& unknown, const Tensor& count, const Tensor& rows,
-                   const Tensor& seed, const Tensor& offset, const Tensor& temperature, std::string ties) {
-  check_remask(confidence, unknown, count, rows, seed, offset, temperature);
-  STD_TORCH_CHECK(confidence.scalar_type() == ScalarType::Float, "confidence: expected float32");
-  const int64_t samples = confidence.size(0), length = confidence.size(1);
-  STD_TORCH_CHECK(length <= kLargestSample, "confidence: expected at most ", kLargestSample,
-                  " positions a sample on CUDA, got ", length);
-  const torch::stable::accelerator::DeviceGuard guard(confidence.get_device_index());
-  Tensor mask = torch::stable::new_empty(unknown, {samples, length});
-  RemaskArguments a{};
-  a.confidence = confidence.const_data_ptr<float>(), a.temperature = temperature.const_data_ptr<float>();
-  a.unknown = unknown.const_data_ptr<bool>(), a.mask = mask.mutable_data_ptr<bool>();
-  a.count = count.const_data_ptr<int64_t>(), a.rows = rows.const_data_ptr<int64_t>();
-  a.seed = seed.const_data_ptr<int64_t>(), a.offset = offset.const_data_ptr<int64_t>();
-  a.samples = samples, a.length = static_cast<int32_t>(length), a.exact = ties == "index";
-  launch_remask(a, current_stream(confidence));
-  return mask;
-}
-#endif
-
 }  // namespace
 }  // namespace unif2ace
 
@@ -312,10 +173,3 @@ STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) {
   m.impl("sample_logits", TORCH_BOX(&unif2ace::sample_logits_cpu));
   m.impl("remask", TORCH_BOX(&unif2ace::remask_cpu));
 }
-
-#ifdef UNIF2ACE_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CUDA, m) {
-  m.impl("sample_logits", TORCH_BOX(&unif2ace::sample_logits_cuda));
-  m.impl("remask", TORCH_BOX(&unif2ace::remask_cuda));
-}
-#endif

@@ -60,6 +60,7 @@ _sample_hidden = register(
     f"sample_hidden(Tensor h_cond, Tensor? h_uncond, Tensor weight, Tensor? bias, {_DRAW}",
     implementations=[
         triton_implementation("unif2ace_kernels.sampling.head_triton", "sample_hidden"),
+        compiled("sample_hidden", "cpu"),
         Implementation("torch", _TORCH, draw_torch.sample_hidden),
     ],
     fake=_fake_sample_hidden,
@@ -214,7 +215,10 @@ def sample_from_hidden(
     expect_tensor(weight, "weight", shape=("V", "D"), dtypes=_FLOATS, device_of=("ids", ids))
     width, hidden = weight.shape
     flat_cond = _same_leading(h_cond, "h_cond", ids, hidden)
-    flat_uncond = None if h_uncond is None else _same_leading(h_uncond, "h_uncond", ids, hidden)
+    flat_uncond = None
+    if h_uncond is not None:
+        flat_uncond = _same_leading(h_uncond, "h_uncond", ids, hidden)
+        expect_tensor(h_uncond, "h_uncond", dtypes=[h_cond.dtype])
     if bias is not None:
         expect_tensor(bias, "bias", shape=(width,), dtypes=_FLOATS, device_of=("ids", ids))
     code_range = (0, width) if code_range is None else tuple(code_range)
@@ -222,7 +226,8 @@ def sample_from_hidden(
         ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence,
         width, h_uncond is not None, compact,
     )
-    drawn, value = _sample_hidden(flat_cond, flat_uncond, weight, bias, *arguments)
+    bias = None if bias is None else bias.contiguous()
+    drawn, value = _sample_hidden(flat_cond, flat_uncond, weight.contiguous(), bias, *arguments)
     return drawn.view(ids.shape), value.view(ids.shape)
 
 
