@@ -14,7 +14,7 @@ from unif2ace_kernels import moe
 from ..case import FORWARD, TOLERANCE, TRAINING, Baseline, Case, Outputs, Work, bind, compiled, error_against, truth_of
 from ..peers import Peer, Restored, peers, per_group
 from . import moe_mix
-from .moe_grid import cpu_points, gpu_points, name_of
+from .moe_grid import cpu_points, gpu_points, name_of, name_of_router, router_points
 from .moe_layer import COEF, Layer, activate, every_expert, loop, router, sorted_grouped, tensors
 
 CPU, GPU = ("cpu",), ("cuda",)
@@ -155,13 +155,19 @@ def _cases() -> Iterator[Case]:
                     lambda device, size=size, dtype=dtype, mode=mode: _layer_work(size, dtype, mode, device),
                     devices, smoke,
                 )  # fmt: skip
-            if (shape, size, where, devices) not in LAYERS:
-                continue
-            moved = 4.0 * size.T * size.groups * size.N + 20.0 * size.T * size.slots  # logits; expert, order, weight
+
+
+def _route_cases() -> Iterator[Case]:
+    source = "routing alone, by tokens and experts"
+    points = [(name_of_router(size), size, source, devices) for size, devices in router_points()]
+    for shape, size, where, devices in [*LAYERS, *points]:
+        moved = 4.0 * size.T * size.groups * size.N + 20.0 * size.T * size.slots  # logits; expert, order, weight
+        for mode in (FORWARD, TRAINING):
             yield Case(
                 "moe.route", shape, asdict(size), where, mode, torch.float32, 0, moved * (1 if mode == FORWARD else 2),
-                lambda device, size=size, mode=mode: _route_work(size, mode, device), devices, smoke,
+                lambda device, size=size, mode=mode: _route_work(size, mode, device), devices,
+                shape.startswith("smoke"),
             )  # fmt: skip
 
 
-CASES = [*_cases(), *moe_mix.CASES]
+CASES = [*_cases(), *_route_cases(), *moe_mix.CASES]

@@ -51,3 +51,17 @@ def name_of(prefix: str, size: Layer) -> str:
     """ "cpu-grid T512 D256 F256 N4 gelu_tanh uniform 50/50"."""
     share = f"{100 * size.first:.0f}/{100 - 100 * size.first:.0f}"
     return f"{prefix} T{size.T} D{size.D} F{size.F} N{size.N} {size.activation} {size.load} {share}"
+
+
+def router_points() -> Iterator[tuple[Layer, tuple[str, ...]]]:
+    """Tokens and experts of a router, on the devices where it fits; the layer's width is as good as none."""
+    for T in (4096, 16384):
+        for N, K in ((4, 2), (16, 4), (32, 4)):
+            yield Layer(T, 1, 1, N, K, 1), ("cpu", "cuda")
+    yield Layer(16384, 1, 1, 256, 8, 1, groups=1), ("cuda",)
+    yield Layer(1 << 20, 1, 1, 64, 8, 1), ("cuda",)
+
+
+def name_of_router(size: Layer) -> str:
+    """ "router T4096 E2x32 K4"."""
+    return f"router T{size.T} E{size.groups}x{size.N} K{size.K}"
