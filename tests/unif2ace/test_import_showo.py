@@ -205,6 +205,16 @@ WRONG = {
     "another vocabulary": (TENSORS, {**SETTINGS, "codebook_size": 32}, ["67 rows", "make 83"]),
     "a config that is none": (TENSORS, [1], ["config.json", "no model's config"]),
     "no config": (TENSORS, None, ["67 rows", "make 58498", "config.json"]),
+    "words for numbers": (TENSORS, {**SETTINGS, "codebook_size": "many"}, ["codebook_size 'many'", "whole number"]),
+    "no image tokens": (TENSORS, {**SETTINGS, "num_vq_tokens": None}, ["num_vq_tokens None", "whole number"]),
+    "no heads": (TENSORS, {**SETTINGS, "num_attention_heads": 0}, ["num_attention_heads 0", "whole number"]),
+    "more channels turned than there are": (TENSORS, {**SETTINGS, "partial_rotary_factor": 2}, ["(0, 1]"]),
+    "an FFN of no shape": (TENSORS | {"showo.model.layers.0.mlp.fc1.weight": torch.zeros(())}, SETTINGS, ["Show-o"]),
+    "a LayerNorm of nothing": (
+        TENSORS | {"showo.model.layers.0.self_attn.q_layernorm.weight": torch.zeros(0)},
+        SETTINGS,
+        ["another shape"],
+    ),
     "heads that do not fit": (TENSORS, {**SETTINGS, "num_attention_heads": 5}, ["5 heads"]),
     "names of a Phi": (
         {name.removeprefix("showo."): value for name, value in TENSORS.items()},

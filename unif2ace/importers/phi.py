@@ -69,31 +69,26 @@ class Sizes:
                 f"{first}self_attn.q_layernorm.weight",
             )
         )
-        if embedding is None or fc1 is None or len(embedding) != 2:
+        if embedding is None or fc1 is None or len(embedding) != 2 or len(fc1) != 2:
             some = ", ".join(sorted(weights.shapes)[:3])
             raise UserError(f"{weights.path} is not {what}: it has no {prefix}model.embed_tokens.weight but {some}")
-        hidden = embedding[1]
         settings = weights.settings()
-        settings |= settings.get("rope_parameters") or {}
+        nested = settings.get("rope_parameters")
+        settings |= nested if isinstance(nested, dict) else {}
         for name, allowed in FIXED.items():
             if settings.get(name, allowed[0]) not in allowed:
-                raise UserError(
-                    f"{weights.path}: its config has {name} {settings[name]}, only {allowed[0]} can be taken"
-                )
-        heads = settings.get("num_attention_heads", hidden // (q_norm[0] if q_norm else 64))
-        if not isinstance(heads, int) or heads < 1 or hidden % heads:
+                found = f"its config has {name} {settings[name]}"
+                raise UserError(f"{weights.path}: {found}, only {allowed[0]} can be taken")
+        rows, hidden = embedding
+        heads = weights.whole("num_attention_heads", max(1, hidden // (q_norm[0] if q_norm and q_norm[0] else 64)))
+        if hidden % heads:
             raise UserError(f"{weights.path}: {heads} heads do not divide the width {hidden}: check its config.json")
+        rotary = settings.get("partial_rotary_factor", 0.5)
+        if not isinstance(rotary, int | float) or not 0 < rotary <= 1:
+            raise UserError(f"{weights.path}: its config has partial_rotary_factor {rotary!r}, expected one in (0, 1]")
         numbered = re.compile(re.escape(prefix) + r"model\.layers\.(\d+)\.")
-        found = {int(match[1]) for match in map(numbered.match, weights.shapes) if match}
-        return cls(
-            embedding[0],
-            hidden,
-            max(found) + 1,
-            heads,
-            fc1[0],
-            q_norm is not None,
-            settings.get("partial_rotary_factor", 0.5),
-        )
+        numbers = [int(match[1]) for match in map(numbered.match, weights.shapes) if match]
+        return cls(rows, hidden, max(numbers) + 1, heads, fc1[0], q_norm is not None, rotary)
 
     def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """Every name and shape of a PhiForCausalLM of these sizes."""

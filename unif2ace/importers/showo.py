@@ -34,10 +34,9 @@ def import_showo(path: Path, *, dense: bool = False) -> tuple[UniF2ace, list[str
     """
     weights = Weights(path)
     sizes = dataclasses.replace(phi.Sizes.read(weights, PREFIX, "a Show-o"), qk_norm=True)
-    settings = weights.settings()
     defaults = VocabularyConfig()
     vocabulary = VocabularyConfig(
-        settings.get("llm_vocab_size", defaults.text), settings.get("codebook_size", defaults.codes)
+        weights.whole("llm_vocab_size", defaults.text), weights.whole("codebook_size", defaults.codes)
     )
     if sizes.rows != vocabulary.size:
         raise UserError(
@@ -45,7 +44,7 @@ def import_showo(path: Path, *, dense: bool = False) -> tuple[UniF2ace, list[str
             f"{vocabulary.codes} image codes and a mask make {vocabulary.size}: put its own config.json beside it"
         )
     unplaced = weights.check(sizes.shapes(PREFIX), "a Show-o", (*phi.NOT_PLACED, "mm_projector."))
-    config = sizes.config(vocabulary, settings.get("num_vq_tokens", 256), dense=dense)
+    config = sizes.config(vocabulary, weights.whole("num_vq_tokens", 256), dense=dense)
     model = phi.build(config, weights, PREFIX, sizes, sizes.rows)
     told = [
         f"licence: {weights.licence(LICENCE)}",

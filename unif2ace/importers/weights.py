@@ -62,6 +62,17 @@ class Weights:
             raise UserError(f"{folder / 'config.json'} is no model's config: copy it again")
         return values
 
+    def whole(self, name: str, default: int) -> int:
+        """A number of config.json, `default` where it says none.
+
+        Raises:
+            UserError: it says something else than a whole number from 1.
+        """
+        value = self.settings().get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{self.path}: its config has {name} {value!r}, expected a whole number from 1")
+        return value
+
     def licence(self, published: str) -> str:
         """What the model card beside the weights names, else `published`."""
         card = (self.path if self.path.is_dir() else self.path.parent) / "README.md"
