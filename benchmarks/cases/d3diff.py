@@ -52,7 +52,7 @@ class Head:
 
 
 SHOWO = {"V": 58498, "first": 50305, "C": 8192, "D": 2048}
-BOTH, CPU, CUDA = ("cpu", "cuda"), ("cpu",), ("cuda",)
+BOTH, CUDA = ("cpu", "cuda"), ("cuda",)
 HEADS = [
     ("smoke", Head(4, 16, 32, 96, 40, 48), "made up, tiny", BOTH),
     ("demo", Head(24, 64, 192, 1439, 414, 1024), "the demo's model, 24 faces a step", BOTH),
@@ -61,7 +61,7 @@ HEADS = [
 ]
 # Too much work for every op and mode: the loss over the codes, trained.
 LARGE_HEADS = [
-    ("paper-8x256", Head(8, 256, **SHOWO), "Show-o's head, 8 images of 256 tokens", CPU),
+    ("paper-8x256", Head(8, 256, **SHOWO), "Show-o's head, 8 images of 256 tokens", BOTH),
     ("paper-64x256", Head(64, 256, **SHOWO), "Show-o's head, 64 images of 256 tokens", CUDA),
     ("paper-16x1024", Head(16, 1024, **SHOWO), "Show-o's head, 16 images of 1,024 tokens", CUDA),
     ("paper-64x1024", Head(64, 1024, **SHOWO), "Show-o's head, 64 images of 1,024 tokens", CUDA),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .._library import Implementation, compiled, register
+from .._triton import triton_implementation
 from .head import HeadOutputs, head_torch
 from .logits import logits_backward_torch, logits_torch
 from .noise import noise_torch
@@ -20,7 +21,12 @@ def _noise_fake(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row
 noise_op = register(
     "d3diff_noise(Tensor tokens, Tensor mask_prob, int mask_id, bool exact_count, SymInt seed, SymInt offset,"
     " SymInt first_row) -> (Tensor noised, Tensor mask)",
-    implementations=[compiled("d3diff_noise", "cpu"), Implementation("torch", ("cpu", "cuda"), noise_torch)],
+    implementations=[
+        # Whatever the dtype of mask_prob, which is compared in float64.
+        triton_implementation(f"{__package__}.noise_triton", "noise_triton", dtypes=None),
+        compiled("d3diff_noise", "cpu"),
+        Implementation("torch", ("cpu", "cuda"), noise_torch),
+    ],
     fake=_noise_fake,
 )
 
@@ -53,6 +59,9 @@ def _head_fake(
 
 def _head_setup_context(ctx, inputs, output):
     weight, starts = inputs[1], inputs[9]
+    # Without this, backward would be handed zeros for every output: as much memory and traffic as the gradients.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:5])
     ctx.save_for_backward(*output[-3:])
     ctx.vocabulary, ctx.first = weight.shape[0], min(starts)
     ctx.asked = inputs[-3:]
@@ -60,6 +69,8 @@ def _head_setup_context(ctx, inputs, output):
 
 def _head_backward(ctx, grad_loss, *_):
     asked = ctx.asked
+    if grad_loss is None:
+        return (None,) * 17
     if any(needed and not ask for needed, ask in zip(ctx.needs_input_grad[:3], asked, strict=True)):
         raise RuntimeError("unif2ace::d3diff_head was called without the gradients that backward now needs")
     gradients = head_backward_op(grad_loss, *ctx.saved_tensors, ctx.vocabulary, ctx.first)
@@ -72,7 +83,10 @@ head_op = register(
     " int ignore_index, ScalarType compute_dtype, bool grad_hidden, bool grad_weight, bool grad_bias)"
     " -> (Tensor loss, Tensor ce, Tensor lse, Tensor mass, Tensor hit, Tensor grad_hidden, Tensor grad_weight,"
     " Tensor grad_bias)",
-    implementations=[Implementation("torch", ("cpu", "cuda"), head_torch)],
+    implementations=[
+        triton_implementation(f"{__package__}.head_triton", "head_triton"),
+        Implementation("torch", ("cpu", "cuda"), head_torch),
+    ],
     fake=_head_fake,
     setup_context=_head_setup_context,
     backward=_head_backward,
@@ -119,6 +133,7 @@ head_backward_op = register(
     "d3diff_head_backward(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,"
     " SymInt vocabulary, int first) -> (Tensor, Tensor, Tensor)",
     implementations=[
+        triton_implementation(f"{__package__}.logits_triton", "head_backward_triton"),
         compiled("d3diff_head_backward", "cpu"),
         Implementation("torch", ("cpu", "cuda"), _head_backward_torch),
     ],
@@ -137,11 +152,15 @@ def _logits_fake(
 
 def _logits_setup_context(ctx, inputs, output):
     logits, targets, *weights = inputs[:6]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(logits, targets, *weights, output[2], output[3])
     ctx.integers = inputs[6:]
 
 
 def _logits_backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 10
     return logits_backward_op(grad_loss, *ctx.saved_tensors, *ctx.integers), *(None,) * 9
 
 
@@ -150,6 +169,7 @@ logits_op = register(
     " Tensor? mass_weight, int start, int end, int[] codes, int ignore_index)"
     " -> (Tensor loss, Tensor ce, Tensor lse, Tensor mass, Tensor hit)",
     implementations=[
+        triton_implementation(f"{__package__}.logits_triton", "logits_triton"),
         compiled("d3diff_logits", "cpu"),
         Implementation("torch", ("cpu", "cuda"), logits_torch),
     ],
@@ -164,6 +184,7 @@ logits_backward_op = register(
     " Tensor? shift, Tensor? mass_weight, Tensor lse, Tensor mass, int start, int end, int[] codes, int ignore_index)"
     " -> Tensor",
     implementations=[
+        triton_implementation(f"{__package__}.logits_triton", "logits_backward_triton"),
         compiled("d3diff_logits_backward", "cpu"),
         Implementation("torch", ("cpu", "cuda"), logits_backward_torch),
     ],
