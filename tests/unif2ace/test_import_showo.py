@@ -192,6 +192,11 @@ WRONG = {
     ),
     "no embedding": (without("showo.model.embed_tokens.weight"), SETTINGS, ["is not a Show-o", "embed_tokens"]),
     "another tensor": (TENSORS | {"showo.visual.weight": torch.zeros(3)}, SETTINGS, ["unexpected", "showo.visual"]),
+    "a layer left out": (
+        {name.replace("layers.1.", "layers.90000000000."): value for name, value in TENSORS.items()},
+        SETTINGS,
+        ["18 missing (showo.model.layers.1.", "18 unexpected (showo.model.layers.90000000000."],
+    ),
     "another shape": (
         TENSORS | {LAYER + "mlp.fc1.weight": torch.zeros(32, 48)},
         SETTINGS,

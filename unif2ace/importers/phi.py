@@ -60,18 +60,12 @@ class Sizes:
         Raises:
             UserError: the tensors that tell them are not there, or its config is of a function that ours is not.
         """
-        first = f"{prefix}model.layers.0."
-        embedding, fc1, q_norm = (
-            weights.shapes.get(name)
-            for name in (
-                f"{prefix}model.embed_tokens.weight",
-                f"{first}mlp.fc1.weight",
-                f"{first}self_attn.q_layernorm.weight",
-            )
-        )
-        if embedding is None or fc1 is None or len(embedding) != 2 or len(fc1) != 2:
+        matrices = (f"{prefix}model.embed_tokens.weight", f"{prefix}model.layers.0.mlp.fc1.weight")
+        embedding, fc1 = (weights.shapes.get(name, ()) for name in matrices)
+        if len(embedding) != 2 or len(fc1) != 2:
             some = ", ".join(sorted(weights.shapes)[:3])
-            raise UserError(f"{weights.path} is not {what}: it has no {prefix}model.embed_tokens.weight but {some}")
+            raise UserError(f"{weights.path} is not {what}: expected matrices {' and '.join(matrices)}, got {some}")
+        q_norm = weights.shapes.get(f"{prefix}model.layers.0.self_attn.q_layernorm.weight")
         settings = weights.settings()
         nested = settings.get("rope_parameters")
         settings |= nested if isinstance(nested, dict) else {}
@@ -87,8 +81,8 @@ class Sizes:
         if not isinstance(rotary, int | float) or not 0 < rotary <= 1:
             raise UserError(f"{weights.path}: its config has partial_rotary_factor {rotary!r}, expected one in (0, 1]")
         numbered = re.compile(re.escape(prefix) + r"model\.layers\.(\d+)\.")
-        numbers = [int(match[1]) for match in map(numbered.match, weights.shapes) if match]
-        return cls(rows, hidden, max(numbers) + 1, heads, fc1[0], q_norm is not None, rotary)
+        layers = {match[1] for match in map(numbered.match, weights.shapes) if match}
+        return cls(rows, hidden, len(layers), heads, fc1[0], q_norm is not None, rotary)
 
     def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """Every name and shape of a PhiForCausalLM of these sizes."""
