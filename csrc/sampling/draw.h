@@ -12,10 +12,9 @@
 
 #include "common/gumbel.cuh"
 #include "common/philox.cuh"
+#include "sampling/score.cuh"
 
 namespace unif2ace {
-
-enum class Confidence { kLogProb, kNegEntropy, kMargin };
 
 struct DrawOptions {
   int64_t seed, offset;

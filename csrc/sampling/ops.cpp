@@ -1,9 +1,10 @@
-// unif2ace_native::draw, sample_logits and remask for CPU.
+// unif2ace_native::draw, sample_logits and remask for CPU; sample_logits and remask for CUDA where nvcc compiled them.
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "sampling/launch.h"
 #include "sampling/remask_row.h"
 #include "sampling/rows.h"
 
@@ -152,6 +153,69 @@ Tensor remask_cpu(const Tensor& confidence, const Tensor& unknown, const Tensor&
   return mask;
 }
 
+#ifdef UNIF2ACE_WITH_CUDA
+std::tuple<Tensor, Tensor> sample_logits_cuda(const Tensor& cond, std::optional<Tensor> uncond, const Tensor& ids,
+                                              const Tensor& unknown, const Tensor& rows, const Tensor& seed,
+                                              const Tensor& offset, int64_t first_code, int64_t codes, double guidance,
+                                              double temperature, int64_t top_k, double top_p, std::string confidence,
+                                              bool /*compact: known rows leave at once*/) {
+  check_logits(cond, cond, "cond");
+  if (guidance == 0) uncond.reset();
+  if (uncond) check_logits(*uncond, cond, "uncond");
+  STD_TORCH_CHECK(first_code >= 0 && codes > 0 && first_code + codes <= cond.size(1), "codes: expected columns of cond");
+  STD_TORCH_CHECK(codes < (int64_t{1} << 30), "codes: expected fewer than 2**30, got ", codes);
+  const int64_t count = cond.size(0);
+  check_places(ids, unknown, count);
+  check_words(rows, count, seed, offset);
+  const ScalarType dtype = cond.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "cond: expected float32, bfloat16 or float16");
+  const torch::stable::accelerator::DeviceGuard guard(cond.get_device_index());
+  Tensor out = torch::stable::new_empty(ids, {count});
+  Tensor value = torch::stable::new_empty(cond, {count}, ScalarType::Float);
+  const auto columns = [first_code](const Tensor& logits) -> const void* {
+    const int64_t bytes = logits.scalar_type() == ScalarType::Float ? 4 : 2;
+    return static_cast<const char*>(logits.const_data_ptr()) + first_code * bytes;
+  };
+  DrawArguments a{};
+  a.cond = columns(cond), a.cond_stride = cond.stride(0);
+  if (uncond) a.uncond = columns(*uncond), a.uncond_stride = uncond->stride(0);
+  a.ids = ids.const_data_ptr<int64_t>(), a.rows = rows.const_data_ptr<int64_t>();
+  a.seed = seed.const_data_ptr<int64_t>(), a.offset = offset.const_data_ptr<int64_t>();
+  a.unknown = unknown.const_data_ptr<bool>();
+  a.out_ids = out.mutable_data_ptr<int64_t>(), a.out_confidence = value.mutable_data_ptr<float>();
+  a.count = count, a.first_code = first_code, a.codes = static_cast<int32_t>(codes);
+  a.top_k = top_k < codes ? static_cast<int32_t>(top_k) : 0, a.top_p = top_p;
+  a.up = static_cast<float>(1 + guidance), a.down = static_cast<float>(guidance);
+  a.inverse = temperature > 0 ? static_cast<float>(1 / temperature) : 0.0f;
+  a.confidence = confidence_of(confidence);
+  launch_draw(dtype == ScalarType::Float  ? LogitsType::kFloat
+              : dtype == ScalarType::Half ? LogitsType::kHalf
+                                          : LogitsType::kBFloat16,
+              a, current_stream(cond));
+  return {out, value};
+}
+
+Tensor remask_cuda(const Tensor& confidence, const Tensor& unknown, const Tensor& count, const Tensor& rows,
+                   const Tensor& seed, const Tensor& offset, const Tensor& temperature, std::string ties) {
+  check_remask(confidence, unknown, count, rows, seed, offset, temperature);
+  STD_TORCH_CHECK(confidence.scalar_type() == ScalarType::Float, "confidence: expected float32");
+  const int64_t samples = confidence.size(0), length = confidence.size(1);
+  STD_TORCH_CHECK(length <= kLargestSample, "confidence: expected at most ", kLargestSample,
+                  " positions a sample on CUDA, got ", length);
+  const torch::stable::accelerator::DeviceGuard guard(confidence.get_device_index());
+  Tensor mask = torch::stable::new_empty(unknown, {samples, length});
+  RemaskArguments a{};
+  a.confidence = confidence.const_data_ptr<float>(), a.temperature = temperature.const_data_ptr<float>();
+  a.unknown = unknown.const_data_ptr<bool>(), a.mask = mask.mutable_data_ptr<bool>();
+  a.count = count.const_data_ptr<int64_t>(), a.rows = rows.const_data_ptr<int64_t>();
+  a.seed = seed.const_data_ptr<int64_t>(), a.offset = offset.const_data_ptr<int64_t>();
+  a.samples = samples, a.length = static_cast<int32_t>(length), a.exact = ties == "index";
+  launch_remask(a, current_stream(confidence));
+  return mask;
+}
+#endif
+
 }  // namespace
 }  // namespace unif2ace
 
@@ -173,3 +237,10 @@ STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CPU, m) {
   m.impl("sample_logits", TORCH_BOX(&unif2ace::sample_logits_cpu));
   m.impl("remask", TORCH_BOX(&unif2ace::remask_cpu));
 }
+
+#ifdef UNIF2ACE_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(unif2ace_native, CUDA, m) {
+  m.impl("sample_logits", TORCH_BOX(&unif2ace::sample_logits_cuda));
+  m.impl("remask", TORCH_BOX(&unif2ace::remask_cuda));
+}
+#endif
