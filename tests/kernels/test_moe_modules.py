@@ -122,11 +122,18 @@ def test_bad_input_is_named(name, options):
         GroupedMoE(16, 8, (4, 3), **({"top_k": 2} | options))
 
 
-def test_readme_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+def test_readme_examples_run():
+    layer, block = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     names = {}
-    exec(example, names)  # noqa: S102
+    exec(layer, names)  # noqa: S102
     assert names["y"].shape == names["x"].shape and names["moe"].router_weight.grad is not None
+    exec(block, names)  # noqa: S102
+    x, gate, gate_up, down = (torch.randn(shape).double() for shape in ((9, 6), (5, 6), (5, 8, 6), (5, 6, 4)))
+    y, _ = names["sparse_block"](x, gate, gate_up, down, 2)
+    weight, expert = (x @ gate.t()).softmax(-1).topk(2)
+    weight = weight / weight.sum(-1, keepdim=True)
+    exact = reference.experts(x, expert, weight, gate_up.mT, None, down.mT, None, "swiglu")
+    torch.testing.assert_close(y, exact)
 
 
 def test_readme_layout_is_what_route_returns():

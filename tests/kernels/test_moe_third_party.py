@@ -1,8 +1,12 @@
 """The mixture with the weights of transformers' sparse blocks: the same outputs and the same gradients."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from unif2ace_kernels import moe
 from unif2ace_kernels.moe import GroupedMoE
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (it is in the dev extra)")
@@ -98,3 +102,19 @@ def test_outputs_and_gradients_are_theirs(model):
     torch.testing.assert_close(ours_x.grad, theirs_x.grad, **close)
     for name, grad in of("grad").items():
         torch.testing.assert_close(getattr(ours, name).grad, grad, **close)
+
+
+@pytest.mark.parametrize("model", [mixtral, qwen3_moe])
+def test_readme_takes_their_weights(model):
+    Block, config, _ = model()
+    config._experts_implementation = "eager"
+    block = Block(config).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    readme = (Path(moe.__file__).parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n([^`]*def sparse_block[^`]*)```", readme)
+    names = {}
+    exec(example, names)  # noqa: S102
+    x = torch.randn(15, HIDDEN, dtype=torch.float64)
+    y, _ = names["sparse_block"](x, block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, TOP_K)
+    torch.testing.assert_close(y, block(x[None])[0], atol=3e-6, rtol=3e-6)
