@@ -2,9 +2,10 @@
 
 from itertools import accumulate
 
+import torch
 from resources import AotCase
 
-from unif2ace_kernels.moe import route_triton
+from unif2ace_kernels.moe import configs, experts_triton, grouped_triton, mix_triton, route_triton
 
 CASES: list[AotCase] = []
 
@@ -63,3 +64,103 @@ CASES += [
         lambda arch: ({"A": 66, "E": 64, "BLOCK": route_triton.SCAN_BLOCK}, {"num_warps": 8}),
     )
 ]
+
+
+_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+_POINTERS = {
+    "up": ("p_x", "p_order", "p_offsets", "p_weight", "p_bias", "p_h", "p_a"),
+    "up backward": ("p_grad_y", "p_h", "p_weight", "p_order", "p_offsets", "p_w_out", "p_grad_h", "p_scaled_a",
+                    "p_grad_weight", "p_grad_bias"),
+    "down": ("p_a", "p_order", "p_offsets", "p_weight", "p_bias", "p_out"),
+    "down backward": ("p_a", "p_order", "p_offsets", "p_weight", "p_out"),
+    "grad_w_in": ("p_a", "p_b", "p_order", "p_offsets", "p_out"),
+    "grad_w_out": ("p_a", "p_b", "p_order", "p_offsets", "p_out"),
+}  # fmt: skip
+
+
+def _product(product: str, F: int, A: int, activation: str, dtype: str, D: int = 2048, rows: int = 65536) -> AotCase:
+    """A product of the experts with biases and contiguous weights, S 4, as `experts_triton` launches it."""
+    gated = activation in ("swiglu", "geglu")
+    H, suffix = 2 * F if gated else F, " gated" if gated else ""
+    chosen, kernel, columns, depth = {
+        "up": (f"up{suffix}", experts_triton.up_kernel, F, D),
+        "up backward": (f"up backward{suffix}", experts_triton.up_backward_kernel, F, D),
+        "down": ("rows", grouped_triton.rows_kernel, D, F),
+        "down backward": ("rows", grouped_triton.rows_kernel, D, H),
+        "grad_w_in": ("outer", grouped_triton.outer_kernel, H, D),
+        "grad_w_out": ("outer", grouped_triton.outer_kernel, D, F),
+    }[product]
+    exact = "p_weight" if product == "up backward" else None
+    kinds = {"p_order": "*i64", "p_offsets": "*i64", exact: "*fp32", "p_grad_weight": "*fp32", "p_grad_bias": "*fp32"}
+    plain = f"*{dtype.replace('tf32', 'fp32')}"
+    signature = {name: kinds.get(name, plain) for name in _POINTERS[product]}
+    fixed = {"EXPERTS": A, "N": columns, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    if product.startswith("grad"):
+        fixed |= {"GATHER_A": product == "grad_w_in", "SLOTS": 4, "M": depth}
+    else:
+        transposed = product.endswith("backward")
+        signature |= {"stride_e": "i32", "stride_n" if transposed else "stride_k": "i32"}
+        fixed |= {"stride_k" if transposed else "stride_n": 1, "K": depth}
+    if product.startswith("up"):
+        fixed |= {"ACTIVATION": activation, "PAIR": gated, "SLOTS": 4}
+    if product == "up backward":
+        fixed["PARTS"] = 20
+    if product == "down backward":
+        fixed["p_bias"] = None
+
+    def launch(arch: int) -> tuple[dict, dict]:
+        chosen_launch = configs.of_arch(chosen, arch, _DTYPE[dtype], dtype == "tf32", rows, A, columns, depth)
+        tile = chosen_launch._asdict()
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+        piece = {"PIECE": chosen_launch.piece} if product.startswith("up") else {}
+        return {**fixed, **tile, **piece}, {**options, "aligned": tuple(signature)}  # strides are divisible by 16
+
+    named = f", {activation}" if product.startswith("up") or gated else ""
+    return AotCase(f"experts {product}{named}, D {D}, F {F}, A {A}, R {rows}, {dtype}", kernel, signature, launch)
+
+
+CASES += [
+    *(_product(product, 512, 34, "gelu_tanh", "bf16") for product in _POINTERS),
+    *(_product(product, 1024, 18, "swiglu", "bf16") for product in _POINTERS),
+    *(_product(product, 2048, 32, "gelu", "fp16") for product in ("up", "up backward", "down")),
+    *(_product(product, 512, 34, "geglu", "bf16", rows=512) for product in ("up", "up backward", "down")),
+    *(_product(product, 512, 34, "gelu_tanh", "bf16", rows=1024) for product in ("up", "up backward", "down")),
+    *(_product(product, 512, 34, "gelu_tanh", "fp32") for product in ("up", "up backward", "down", "grad_w_in")),
+    *(_product(product, 512, 34, "silu", "tf32") for product in ("up", "up backward", "down", "grad_w_in")),
+    _product("up backward", 512, 34, "relu", "bf16"),
+    AotCase(
+        "experts bias, D 2048, A 34, bf16",
+        experts_triton.bias_kernel,
+        {"p_grad_y": "*bf16", "p_weight": "*fp32", "p_order": "*i64", "p_offsets": "*i64", "p_bias": "*bf16",
+         "p_grad_weight": "*fp32", "p_grad_bias": "*fp32"},
+        lambda arch: ({"FIRST_PART": 4, "PARTS": 20, "SLOTS": 4, "EXPERTS": 34, "N": 2048,
+                       "BLOCK_M": experts_triton.BIAS_ROWS, "BLOCK_N": experts_triton.BIAS_COLUMNS}, {"num_warps": 4}),
+    ),
+    AotCase(
+        "experts sum of row tiles, A 34, N 2048, bf16",
+        grouped_triton.sum_tiles_kernel,
+        {"p_tiles": "*fp32", "p_offsets": "*i64", "p_out": "*bf16"},
+        lambda arch: ({"EXPERTS": 34, "N": 2048, "TILE": 128, "BLOCK_T": 32, "BLOCK_N": 64}, {}),
+    ),
+    AotCase(
+        "experts combine, D 2048, S 7, bf16",
+        grouped_triton.combine_kernel,
+        {"p_rows": "*bf16", "p_weight": "*fp32", "p_out": "*bf16"},
+        lambda arch: ({"WEIGHTED": True, "SLOTS": 7, "N": 2048, "BLOCK_N": 1024}, {}),
+    ),
+    AotCase(
+        "mix, M 2, bf16",
+        mix_triton.mix_kernel,
+        {**dict.fromkeys(("p_x", "p_injected", "p_y"), "*bf16"), "p_coef": "*fp32",
+         **dict.fromkeys(("size", "stride_x", "stride_b", "stride_m"), "i32")},
+        lambda arch: ({"M": 2, "BLOCK": mix_triton.BLOCK}, {}),
+    ),
+    AotCase(
+        "mix backward, M 2, bf16",
+        mix_triton.mix_backward_kernel,
+        {**dict.fromkeys(("p_grad_y", "p_x", "p_injected", "p_grad_x", "p_grad_injected"), "*bf16"),
+         "p_coef": "*fp32", "p_parts": "*fp32",
+         **dict.fromkeys(("size", "stride_y", "stride_x", "stride_b", "stride_m"), "i32")},
+        lambda arch: ({"M": 2, "BLOCK": mix_triton.BLOCK}, {}),
+    ),
+]  # fmt: skip

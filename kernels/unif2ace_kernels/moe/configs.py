@@ -70,7 +70,8 @@ def of_arch(
     if kernel == OUTER:
         # A gathered operand waits for its row numbers, which takes a stage; 5 are 146 KiB.
         return Launch(128, _fit(256, columns), 64, 8, 8, 5)
-    if gated:
+    if gated or kernel == UP_BACKWARD:
+        # Two accumulators, or an epilogue that spills beside 128 x 256.
         return Launch(128, _fit(128, columns), 64, 8, 8, 4)
     if kernel == ROWS and depth < 1024:
         # Few steps between prologue and epilogue: two blocks an SM, each of which covers for the other.
