@@ -1,0 +1,159 @@
+"""The compiled CPU path of the loss and the noise beside the torch one: same bits of noise, same errors of the loss."""
+
+import math
+
+import pytest
+import torch
+
+from unif2ace_kernels import _library, d3diff
+from unif2ace_kernels.d3diff import logits as logits_module
+from unif2ace_kernels.d3diff import ops
+from unif2ace_kernels.d3diff.noise import noise_torch
+from unif2ace_kernels.d3diff.rows_torch import accumulation_dtype, rows_torch
+
+pytestmark = pytest.mark.skipif(
+    _library.EXTENSION_MISSING is not None, reason=f"extension not built: {_library.EXTENSION_MISSING}"
+)
+NATIVE = torch.ops.unif2ace_native
+CODES = (6, 290)
+T, START, END, V = 45, 3, 300, 310
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def weights(kind: str, dtype: torch.dtype, rng: torch.Generator):
+    """A, B, shift and C of T rows; row 2 weighs nothing."""
+    a, b = (torch.rand(T, generator=rng, dtype=torch.float64) for _ in range(2))
+    a[2] = b[2] = 0
+    penalty, shift = (b, b - 3) if kind == "penalty" else (None, None)
+    mass = b if kind == "mass" else None
+    return [None if each is None else each.to(accumulation_dtype(dtype)) for each in (a, penalty, shift, mass)]
+
+
+def targets_of(rng: torch.Generator) -> torch.Tensor:
+    targets = torch.randint(*CODES, (T,), generator=rng)
+    targets[::4] = -100
+    targets[1], targets[3] = CODES[0], CODES[1] - 1
+    return targets
+
+
+def run_rows(function, z, bias, rows, targets, row_weights, start, gradient=True):
+    dtype = accumulation_dtype(z.dtype)
+    z, outputs = z.clone(), [torch.full((T,), 9.0, dtype=dtype) for _ in range(3)]
+    hit, grad_bias = torch.zeros(T, dtype=torch.bool), torch.ones(z.shape[1], dtype=dtype)
+    loss = function(
+        z, bias, rows, targets, *row_weights, *outputs, hit, grad_bias if gradient else None, start, CODES, gradient
+    )
+    return loss, *outputs, hit, grad_bias, z
+
+
+def distance(ours, truth):
+    return (ours.double() - truth.double()).norm() / truth.double().norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("columns", [END - START, 1024, 290])
+@pytest.mark.parametrize("kind", ["plain", "penalty", "mass"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_against_float64(dtype, kind, columns):
+    rng = torch.Generator().manual_seed(columns)
+    start = 0 if columns == 290 else START
+    targets, row_weights = targets_of(rng), weights(kind, dtype, rng)
+    rows = (targets != -100).nonzero()[:, 0]
+    z = (3 * torch.randn(len(rows), columns, generator=rng)).to(dtype)
+    z[5, 40] = -math.inf
+    bias = torch.randn(columns, generator=rng).to(accumulation_dtype(dtype))
+    for each in (None, bias):
+        exact = None if each is None else each.double()
+        wide = [None if w is None else w.double() for w in row_weights]
+        truth = run_rows(rows_torch, z.double(), exact, rows, targets, wide, start)
+        ours = run_rows(NATIVE.d3diff_rows, z, each, rows, targets, row_weights, start)
+        theirs = run_rows(rows_torch, z, each, rows, targets, row_weights, start)
+        assert torch.equal(ours[4], theirs[4])
+        for index in (0, 1, 2, 3, 5, 6):
+            assert ours[index].dtype == theirs[index].dtype
+            assert distance(ours[index], truth[index]) <= 2 * distance(theirs[index], truth[index]) + 1e-6
+            if dtype == torch.float64:
+                torch.testing.assert_close(ours[index], truth[index], rtol=1e-12, atol=1e-13)
+    unlabelled = targets == -100
+    assert bool((ours[1][unlabelled] == 9).all())
+    assert bool((ours[6][rows == 2] == 0).all()) and ours[6][5, 40] == 0
+    forward = run_rows(NATIVE.d3diff_rows, z, bias, rows, targets, row_weights, start, gradient=False)
+    assert torch.equal(forward[6], z) and all(map(torch.equal, forward[:5], ours[:5]))
+
+
+@pytest.mark.parametrize("kind", ["plain", "penalty", "mass"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_and_their_backward(dtype, kind):
+    rng = torch.Generator().manual_seed(7)
+    targets, row_weights = targets_of(rng), weights(kind, dtype, rng)
+    logits = (3 * torch.randn(T, V, generator=rng)).to(dtype)
+    integers = (START, END, CODES, -100)
+    seed = torch.tensor(0.7, dtype=accumulation_dtype(dtype))
+    wide = [None if w is None else w.double() for w in row_weights]
+
+    def run(forward, backward, logits, row_weights, seed):
+        loss, ce, lse, mass, hit = forward(logits, targets, *row_weights, *integers)
+        return loss, ce, lse, mass, hit, backward(seed, logits, targets, *row_weights, lse, mass, *integers)
+
+    torch_path = (logits_module.logits_torch, logits_module.logits_backward_torch)
+    truth = run(*torch_path, logits.double(), wide, seed.double())
+    theirs = run(*torch_path, logits, row_weights, seed)
+    ours = run(NATIVE.d3diff_logits, NATIVE.d3diff_logits_backward, logits, row_weights, seed)
+    assert torch.equal(ours[4], theirs[4]) and bool((ours[5][targets == -100] == 0).all())
+    assert bool((ours[5][:, END:] == 0).all()) and bool((ours[5][:, :START] == 0).all())
+    for index in (0, 1, 2, 3, 5):
+        assert ours[index].dtype == theirs[index].dtype
+        assert distance(ours[index], truth[index]) <= 2 * distance(theirs[index], truth[index]) + 1e-6
+    far = torch.empty(V, T, dtype=dtype).t().copy_(logits)  # strides the other way round
+    assert torch.equal(NATIVE.d3diff_logits(far, targets, *row_weights, *integers)[0], ours[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_scaled_and_placed(dtype):
+    hidden, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 8), (6, 8), (6,)))
+    seed = torch.tensor(-0.3, dtype=accumulation_dtype(dtype))
+    ours = NATIVE.d3diff_head_backward(seed, hidden, weight, bias, 20, 7)
+    theirs = ops._head_backward_torch(seed, hidden, weight, bias, 20, 7)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == dtype and torch.equal(one, other)
+    nothing = NATIVE.d3diff_head_backward(seed, *(torch.empty(0, dtype=dtype) for _ in range(3)), 20, 7)
+    assert [each.numel() for each in nothing] == [0, 0, 0]
+
+
+def test_untouched_zeros_are_zeros_and_aligned():
+    weight = torch.randn(3, 1 << 11)
+    _, full, _ = NATIVE.d3diff_head_backward(torch.tensor(2.0), weight[:0], weight, weight[:0, 0], 1 << 13, 100)
+    assert full.shape == (1 << 13, 1 << 11) and full.data_ptr() % 64 == 0 and full.is_contiguous()
+    assert torch.equal(full[100:103], 2 * weight) and full.count_nonzero() == weight.count_nonzero()
+    full.add_(1)  # it is memory like any other
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 5, 64, 257])
+def test_noise_has_the_bits_of_torch(length, dtype, exact):
+    m = torch.cat([torch.linspace(1e-6, 1, 60), torch.tensor([0.5, 1.5, 2.5]) / length]).clamp(max=1).to(dtype)
+    tokens = torch.randint(0, 900, (len(m), length))
+    for seed, offset, first in [(0, 0, 0), (-5, 2**33 + 3, 7), (2**63 - 1, 2**32 - 1, 2**32 - 70)]:
+        ours = NATIVE.d3diff_noise(tokens, m, 999, exact, seed, offset, first)
+        assert all(map(torch.equal, ours, noise_torch(tokens, m, 999, exact, seed, offset, first)))
+    spread = torch.empty(length, len(m), dtype=torch.int64).t().copy_(tokens)
+    assert all(map(torch.equal, NATIVE.d3diff_noise(spread, m, 999, exact, seed, offset, first), ours))
+
+
+def test_what_memory_safety_hangs_on_is_checked():
+    tokens, m = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"mask_prob: expected \[B\]"):
+        NATIVE.d3diff_noise(tokens, m[:1], 9, True, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="mask_prob: expected a floating dtype"):
+        NATIVE.d3diff_noise(tokens, m.long(), 9, True, 0, 0, 0)
+    hidden, weight = torch.randn(2, 4, 8), torch.randn(V, 8)
+    with pytest.raises(RuntimeError, match="targets: expected tokens in"):
+        d3diff.loss(hidden, weight, None, torch.full((2, 4), V), m, code_range=CODES, check_values=False)
+    logits = torch.randn(2, 4, V)
+    with pytest.raises(RuntimeError, match="targets: expected tokens in"):
+        d3diff.loss_from_logits(logits, torch.full((2, 4), -1), m, code_range=CODES, check_values=False)
+
+
+@pytest.mark.parametrize("op", ["d3diff_rows", "d3diff_logits", "d3diff_logits_backward", "d3diff_head_backward"])
+def test_explain_names_the_compiled_path(op):
+    assert _library.explain(op, torch.empty(1)).implementation == "c++"
