@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .rows_torch import MAX_EXPONENT as MAX_EXPONENT
 from .rows_torch import accumulation_dtype
-from .rows_torch import code_columns as code_columns
 
 # Logits of a chunk: these bytes, which stay in cache and cost few fresh pages, or where that is more a share of the
 # bytes of the weight's gradient in the dtype of accumulation, over which each chunk passes once. Change them and run
