@@ -45,6 +45,7 @@ class RouteCase:
         elif self.bad is not None:
             logits[4] = self.bad
             logits[11, 1::2] = self.bad
+            logits[11, 1] = -self.bad if self.bad != self.bad else self.bad  # a NaN may have a sign, and is the largest
         logits = logits.to(self.dtype)
         if self.strided:  # neither stride is 1
             logits = torch.stack([logits.t(), logits.t() + 1], -1)[..., 0].t()
@@ -90,6 +91,7 @@ CASES = [
     RouteCase("NaN, biased", bad=NAN, biased=True),
     RouteCase("inf", bad=INF),
     RouteCase("inf, sigmoid", bad=INF, scoring="sigmoid", z_coef=0.0),
+    RouteCase("inf, biased", bad=INF, biased=True),
     RouteCase("-inf", bad=-INF),
     RouteCase("-inf, sigmoid", bad=-INF, scoring="sigmoid"),
     RouteCase("huge", bad=3e38, biased=True),
@@ -168,7 +170,7 @@ def check(
     assert_within(by_ours, by_torch, gradient, "gradient")
     for one in range(4 if alone else 0):
         only = [None] * 4
-        only[one] = (*cotangents[:1], torch.linspace(-1, 1, sum(sizes)), *cotangents[1:])[one]
+        only[one] = (*cotangents[:1], torch.linspace(-1, 1, 2 * sum(sizes))[::2], *cotangents[1:])[one]
         by_torch = route_torch.backward(*only, *given[4:], *options)
         moved = (None if each is None else move(each) for each in (*only, *given[4:]))
         by_ours = backward(*moved, *options).cpu()
