@@ -80,6 +80,19 @@ def test_rows_against_float64(dtype, kind, columns):
     assert torch.equal(forward[6], z) and all(map(torch.equal, forward[:5], ours[:5]))
 
 
+def test_rows_have_the_same_bits_whatever_the_threads():
+    rng = torch.Generator().manual_seed(3)
+    targets, row_weights = targets_of(rng), weights("penalty", torch.float32, rng)
+    rows = (targets != -100).nonzero()[:, 0].repeat(9)  # several blocks of rows
+    z, bias = torch.randn(len(rows), 4097 * 2, generator=rng), torch.randn(4097 * 2, generator=rng)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(run_rows(NATIVE.d3diff_rows, z, bias, rows, targets, row_weights, START))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
 @pytest.mark.parametrize("kind", ["plain", "penalty", "mass"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_and_their_backward(dtype, kind):
