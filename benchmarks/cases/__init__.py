@@ -1,6 +1,6 @@
 """Every benchmark case of the package."""
 
 from ..case import Case
-from . import d3diff, moe, random, sampling
+from . import d3diff, generation, moe, random, sampling
 
-CASES: list[Case] = [*moe.CASES, *d3diff.CASES, *sampling.CASES, *random.CASES]
+CASES: list[Case] = [*moe.CASES, *d3diff.CASES, *sampling.CASES, *generation.CASES, *random.CASES]

@@ -101,3 +101,20 @@ def test_painting_with_a_prefix_gives_the_codes_of_painting_without(config, guid
     want = sampler(torch.full((3, N), vocabulary.mask), seed=5)
     assert torch.equal(codes, want - vocabulary.code_range[0])
     assert len({tuple(row) for row in codes.tolist()}) == 3
+
+
+def test_a_model_in_bfloat16_paints(config):
+    model = tiny.lively(config).bfloat16()
+    codes = paint_codes(model, tiny.texts((3, 2), config=config), tiny.END, PaintSettings(steps=3, guidance=1.0))
+    assert codes.shape == (2, N) and codes.min() >= 0 and codes.max() < config.vocabulary.codes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_the_faces_are_those_of_the_cpu(config):
+    """In float64, where products that round otherwise do not move a draw."""
+    captions = tiny.texts((3, 2), config=config)
+    settings = PaintSettings(steps=3, guidance=1.0, seed=3)
+    want = paint_codes(tiny.lively(config), captions, tiny.END, settings)
+    got = paint_codes(tiny.lively(config).cuda(), captions, tiny.END, settings)
+    assert torch.equal(got.cpu(), want)

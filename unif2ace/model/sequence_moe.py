@@ -44,6 +44,7 @@ class Resampler(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         rows, hidden = features.shape[0], self.queries.shape[1]
+        features = features.to(self.project.weight.dtype)
         tokens = self.norm(self.project(features).view(rows, features.shape[1] * self.latents, hidden))
         k, v = (
             self.key_value(tokens).view(*tokens.shape[:2], 2, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
