@@ -25,7 +25,7 @@ class Product:
     Attributes:
         block_m, block_n, block_k: of the result, and of what is summed over; group: rows of tiles taken together.
         warps, stages: of a program, and of its software pipeline.
-        descriptors: tiles are copied by the tensor memory accelerator (compute capability 9.0 and later).
+        descriptors: tiles are copied by the tensor memory accelerator (compute capability 9 and 10).
         persistent: one program a processor takes tile after tile, and loads the next one while it ends the last.
         precision: of float32 products, "ieee" or "tf32".
     """
@@ -57,7 +57,7 @@ def product(arch: int, dtype: torch.dtype, tf32: bool, aligned: bool) -> Product
     if dtype == torch.float32:
         # Exact float32 runs on the ordinary units: what limits its tile is registers.
         return Product(128, 128, 32, 8, 3, precision="tf32") if tf32 else Product(128, 64, 16, 8, 3)
-    if arch < 90 or not aligned:
+    if arch // 10 not in (9, 10) or not aligned:
         return Product(128, 128, 64, 8, 3)
     # On 9.0 the widest tile whose sums two warp groups hold: 128 x 128 would ask more of the L2 than it gives. On 10.0
     # the sums come from a memory of their own into registers that the rest of the kernel has in use.

@@ -254,6 +254,7 @@ def row_terms_kernel(
             inside, outside = slopes(lse, mass, a, b, shift, c, HAS_PENALTY, HAS_MASS)
             inside /= total
             outside /= total
+            tl.debug_barrier()  # several warps hold a row narrower than the program: all read before one writes
             if AT_ONCE:
                 store_gradient(p_z, b_e, o_column, columns, target, a, inside, outside, code_start, code_end)
             else:
