@@ -83,7 +83,7 @@ def test_rows_against_float64(dtype, kind, columns):
 def test_rows_have_the_same_bits_whatever_the_threads():
     rng = torch.Generator().manual_seed(3)
     targets, row_weights = targets_of(rng), weights("penalty", torch.float32, rng)
-    rows = (targets != -100).nonzero()[:, 0].repeat(9)  # several blocks of rows
+    rows = (targets != -100).nonzero()[:, 0]  # more than a block of them
     z, bias = torch.randn(len(rows), 4097 * 2, generator=rng), torch.randn(4097 * 2, generator=rng)
     found = []
     for threads in (1, 2, 3):
