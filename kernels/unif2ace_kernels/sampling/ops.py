@@ -160,7 +160,8 @@ def sample_from_logits(
         rows: [...] int64 global row indices in [0, 2**32), when `ids` is a part of something larger; 0, 1, 2, ...
             of the flattened positions when None.
         unknown: [...] bool, the positions to draw; ``ids == mask_id`` when None.
-        compact: compute the positions to draw only. Changes no bit; on CUDA finding them waits for the device.
+        compact: compute the positions to draw only. Changes no bit. In plain torch on CUDA all are computed, since
+            finding them would wait for the device; kernels find them there.
 
     Returns:
         (ids, confidence), both of the shape of `ids`. Known positions keep their id and have confidence +inf. A
