@@ -54,14 +54,17 @@ class Product:
 
 def product(arch: int, dtype: torch.dtype, tf32: bool, aligned: bool) -> Product:
     """For compute capability `arch` (90 is 9.0); aligned: rows of all operands begin at multiples of 16 bytes."""
+    # On 9.0 the widest tile whose sums two warp groups hold: 128 x 128 would ask more of the L2 than it gives. On 10.x
+    # the sums come from a memory of their own into registers that the rest of the kernel has in use.
+    blackwell = arch // 10 == 10
     if dtype == torch.float32:
         # Exact float32 runs on the ordinary units: what limits its tile is registers.
-        return Product(128, 128, 32, 8, 3, precision="tf32") if tf32 else Product(128, 64, 16, 8, 3)
-    if arch // 10 not in (9, 10) or not aligned:
-        return Product(128, 128, 64, 8, 3)
-    # On 9.0 the widest tile whose sums two warp groups hold: 128 x 128 would ask more of the L2 than it gives. On 10.0
-    # the sums come from a memory of their own into registers that the rest of the kernel has in use.
-    return Product(128, 256 if arch < 100 else 128, 64, 8, 4, descriptors=True, persistent=True)
+        return (
+            Product(128, 64 if blackwell else 128, 32, 8, 3, precision="tf32") if tf32 else Product(128, 64, 16, 8, 3)
+        )
+    if aligned and (blackwell or arch // 10 == 9):
+        return Product(128, 128 if blackwell else 256, 64, 8, 4, descriptors=True, persistent=True)
+    return Product(128, 128, 64, 8, 3)
 
 
 def chunk_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
