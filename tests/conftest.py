@@ -65,8 +65,18 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     pytest.importorskip("triton", reason="needs Triton")
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_with_index(tensor, *scope):
+        """Triton 3.6 takes int() of an array with one element, which numpy 2.4 refuses, to count a loop."""
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_with_index)
 
     interpreted: dict[object, InterpretedFunction] = {}
 
