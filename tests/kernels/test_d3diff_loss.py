@@ -48,9 +48,7 @@ def test_values_and_gradients(score, normalizer, reduction):
     inputs = problem()
     hidden, weight, bias, targets, m = inputs
     options = {"alpha": 0.3, "ce_coef": 0.7}
-    expected = truth(
-        *inputs, score=score, full_normalizer=normalizer == "full", reduction=reduction, **options
-    )
+    expected = truth(*inputs, score=score, full_normalizer=normalizer == "full", reduction=reduction, **options)
     ours = {"code_range": CODES, "score": score, "normalizer": normalizer, "score_reduction": reduction, **options}
     value, stats = d3diff.loss(*inputs, **ours)
     torch.testing.assert_close(value + 0.3 * stats.score_constant, expected, rtol=1e-11, atol=1e-12)
