@@ -45,7 +45,8 @@ class RouteCase:
         elif self.bad is not None:
             logits[4] = self.bad
             logits[11, 1::2] = self.bad
-            logits[11, 1] = -self.bad if self.bad != self.bad else self.bad  # a NaN may have a sign, and is the largest
+            if self.bad != self.bad:  # a NaN may have a sign, and is the largest all the same
+                logits[11, 1:4:2] = -self.bad
         logits = logits.to(self.dtype)
         if self.strided:  # neither stride is 1
             logits = torch.stack([logits.t(), logits.t() + 1], -1)[..., 0].t()
