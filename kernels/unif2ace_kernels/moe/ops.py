@@ -102,15 +102,18 @@ def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency,
 
 def _with_value_errors(native: Implementation) -> Implementation:
     """`native`, which can raise no ValueError, with the torch path's for group ids that are out of range."""
+    function = native.function
+    if function is None:
+        return native
 
     def forward(logits, group_ids, group_sizes, *options):
         try:
-            return native.function(logits, group_ids, group_sizes, *options)
+            return function(logits, group_ids, group_sizes, *options)
         except RuntimeError:
             route_torch.check_group_ids(group_ids, len(group_sizes))
             raise
 
-    return native if native.missing else replace(native, function=forward)
+    return replace(native, function=forward)
 
 
 _route_backward = register(
