@@ -39,6 +39,17 @@ def test_the_draw_is_that_of_torch(triton_interpreter, codes, dtype):
         assert_same_draw(torch.ops.unif2ace.sample_logits(*arguments, True), want)
 
 
+def test_ties_at_the_border_of_a_filter_stay_in(triton_interpreter):
+    cond = torch.tensor([3.0, 2.0, 2.0, 2.0, -1.0]).expand(16, 5)
+    ids, rows = torch.full((16,), -1), torch.arange(16)
+    for top_k, top_p in ((2, 1.0), (0, 0.6), (0, 1e-9)):
+        arguments = (cond, None, ids, ids == -1, rows, *words(), 0, 5, 0.0, 1.0, top_k, top_p, "log_prob", True)
+        ours = draw_triton.sample_logits(*arguments)
+        assert_same_draw(ours, draw_torch.sample_logits(*arguments))
+        drawn = set(ours[0].tolist())
+        assert drawn == {0} if top_p < 0.5 else (len(drawn) >= 3 and 4 not in drawn)
+
+
 @pytest.mark.parametrize("draw", [(1.0, 0, 1.0), (1.3, 9, 0.6), (0.0, 0, 1.0)], ids=str)
 def test_the_tile_width_changes_no_id(triton_interpreter, monkeypatch, draw):
     cond, uncond, *places = (each[[0, 3, 6, 7, 13]] for each in logits(300))
