@@ -48,5 +48,6 @@ def confidences(length: int) -> tuple[torch.Tensor, ...]:
     unknown[5, length // 2] = True
     confidence[6], confidence[7, ::2], confidence[7, 1::3] = math.nan, -math.inf, math.inf
     confidence[8, ::3], confidence[9], confidence[10] = -0.0, torch.finfo(torch.float32).max, 0.0
+    confidence[10, ::2] = -0.0  # ties with 0.0
     count = torch.tensor([0, 1, 5, 1, length // 2, 1, 3, length // 3, length, -3, length // 2, 10**12])
     return confidence, unknown, count, torch.randint(2**32, (12, length), generator=rng)
