@@ -21,8 +21,7 @@ from unif2ace_kernels._triton import words_of_groups  # noqa: E402
 from unif2ace_kernels.d3diff import configs, head_triton, logits_triton, noise_triton  # noqa: E402
 
 # The interpreter multiplies bfloat16 wrongly, and rounds to it wrongly.
-DTYPES = [torch.float32, torch.float16]
-TINY = {torch.float32: 1e-6, torch.float16: 1e-4}
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 
 def as_torch_op(forward, setup_context, backward):
@@ -56,11 +55,14 @@ def triton_ops():
         yield
 
 
-@pytest.fixture(params=["pointers", "descriptors"])
+@pytest.fixture(params=["pointers", pytest.param("descriptors", marks=pytest.mark.slow)])
 def small_tiles(request, triton_interpreter, monkeypatch):
     """Interpreted kernels, with tiles and chunks so small that small problems fill several."""
-    with_descriptors = request.param == "descriptors"
-    tile = configs.Product(16, 16, 16, 4, 2, descriptors=with_descriptors, persistent=with_descriptors, group=2)
+    shrink(monkeypatch, request.param == "descriptors")
+
+
+def shrink(monkeypatch, descriptors):
+    tile = configs.Product(16, 16, 16, 4, 2, descriptors=descriptors, persistent=descriptors, group=2)
     monkeypatch.setattr(configs, "product", lambda arch, dtype, tf32, aligned: tile)
     monkeypatch.setattr(configs, "machine", lambda device: (90, 3))
     sizes = {"CHUNK_BYTES": 0, "MIN_CHUNK_ROWS": 16, "CHUNK_MULTIPLE": 16, "COMPACT_BLOCK": 16, "COPY_BLOCK": 16}
@@ -157,11 +159,13 @@ def doubled_or_kept(arguments):
     return [each.double() if is_floating else each for each, is_floating in zip(arguments, floating, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_groups_of_rows(small_tiles, dtype):
+@pytest.mark.parametrize("descriptors, dtype", [(False, torch.float32), (True, torch.float16)])
+def test_two_groups_of_rows(triton_interpreter, monkeypatch, descriptors, dtype):
+    shrink(monkeypatch, descriptors)
     assert_head(rows_of_two_groups(dtype=dtype), dtype)
 
 
+@pytest.mark.slow
 def test_codes_in_one_group_of_two(small_tiles):
     arguments = list(rows_of_two_groups())
     arguments[6:9] = None, None, arguments[6]  # a mass of codes in place of the penalty
@@ -201,6 +205,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_gradients(small_tiles):
     assert ours.grad_hidden.dtype == ours.grad_weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_strided_hidden_and_weight(small_tiles):
     arguments = list(rows_of_two_groups())
     plain = head_triton.head_triton(*arguments, torch.float32, True, True, True)
