@@ -12,6 +12,7 @@ import triton.language as tl  # noqa: E402
 
 from unif2ace_kernels.moe import Routing, experts, experts_triton, reference, route  # noqa: E402
 from unif2ace_kernels.moe.activation_torch import ACTIVATIONS, GATED  # noqa: E402
+from unif2ace_kernels.moe.activation_triton import activate_with_slopes  # noqa: E402
 from unif2ace_kernels.moe.configs import Launch, precision  # noqa: E402
 from unif2ace_kernels.moe.grouped_triton import (  # noqa: E402
     by_load,
@@ -216,6 +217,28 @@ def test_too_many_rows_are_refused():
     with pytest.raises(ValueError, match=r"^x: expected fewer than 2\*\*31 rows, tokens times slots, got 2147483648"):
         w = torch.empty(1, 2, 2)
         experts_triton.forward(torch.empty(1, 2).expand(2**30, 2), weight, order, order[:2], w, None, w, None, "relu")
+
+
+@triton.jit
+def activations_kernel(p_h, p_a, p_slope, ACTIVATION: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    b_h = tl.load(p_h + o)
+    b_a, b_slope, _ = activate_with_slopes(b_h, b_h, ACTIVATION)
+    tl.store(p_a + o, b_a)
+    tl.store(p_slope + o, b_slope)
+
+
+@pytest.mark.parametrize("activation", [each for each in ACTIVATIONS if each not in GATED])
+def test_activations_keep_their_digits_far_out_and_nan(triton_interpreter, activation):
+    h = torch.cat([torch.linspace(-12, 12, 62), torch.tensor([0.0, float("nan")])])
+    a, slope = torch.empty(64), torch.empty(64)
+    activations_kernel[(1,)](h, a, slope, activation, 64)
+    exact = h.double().requires_grad_()
+    want = reference.ACTIVATIONS[activation](exact)
+    want.sum().backward()
+    assert a[-1].isnan() and (activation == "relu" or slope[-1].isnan())
+    torch.testing.assert_close(a[:-1].double(), want[:-1].detach(), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(slope[:-1].double(), exact.grad[:-1], rtol=1e-6, atol=2e-6)
 
 
 # ------------------------------------------------------------------------------------------------- tiles and programs
@@ -427,7 +450,7 @@ class TestGpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = run()
-        logits = torch.zeros(300, 8)
+        logits = torch.zeros(300, 5)
         logits[:, 1] = logits[:, 4] = 5
         _, other, _, _ = gpu_problem("cuda", torch.bfloat16, logits=logits)
         with torch.no_grad():
