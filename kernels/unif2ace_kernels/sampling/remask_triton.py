@@ -48,8 +48,8 @@ def remask_kernel(
     b_row = tl.load(p_rows + i_first + o_column, mask=m_column, other=0)
     b_value = tl.load(p_confidence + i_first + o_column, mask=m_column, other=0.0)
     b_value = ranked(b_value, tl.load(p_temperature), tl.load(p_seed), tl.load(p_offset), b_row)
+    # Beyond the length nothing is unknown: those places rank with the known ones, above every key that is sought.
     b_key = ascending(tl.where(b_unknown, b_value, float("inf")))
-    b_key = tl.where(m_column, b_key, 0xFFFFFFFF)
 
     # cut: the key of rank `wanted`, counted from 1, among all positions.
     count = tl.load(p_count + tl.program_id(0))
