@@ -313,6 +313,27 @@ def test_gpu_plan_without_cuda_says_why_each_stage_is_left_out(tmp_path: Path) -
     assert sum(stage.missing is None for stage in hopper) >= len(hopper) - 1  # compute-sanitizer may be missing
 
 
+@pytest.mark.parametrize(
+    ("bodies", "status"),
+    [
+        (["def test_a(): pass", "def test_b(): assert False"], "failed"),
+        (["def test_a(): pass", ""], "ok"),
+        (["", ""], "not run"),
+        (["def test_a(): pass", "raise ImportError"], "failed"),
+    ],
+)
+def test_gpu_tests_run_a_process_a_file(tmp_path, monkeypatch, bodies, status) -> None:
+    folder = tmp_path / "tests" / "kernels"
+    folder.mkdir(parents=True)
+    for index, body in enumerate(bodies):
+        (folder / f"test_{index}.py").write_text(body)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    stage = gpu.Stage("tests", python(gpu._TESTS), 60, empty_code=5)
+    done = gpu.run_stage(stage, 60, tmp_path / "log")
+    assert done["status"] == status
+    assert ("test_0.py::test_a PASSED" in done["tail"]) == ("test_a" in bodies[0])
+
+
 def test_gpu_plan_asks_for_cases_and_knobs_that_exist(tmp_path: Path) -> None:
     asked = [stage.command for stage in gpu.plan({"cuda": True}, tmp_path, dry_run=False)]
     benches = [command for command in asked if "benchmarks.run" in command and "--smoke" not in command]

@@ -38,7 +38,7 @@ def philox(
     """
     tensors = [each for each in (*key, *counter) if isinstance(each, torch.Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
-    words = [torch.as_tensor(each, dtype=torch.int64, device=device) & _MASK for each in (*key, *counter)]
+    words = [_on(device, each) & _MASK for each in (*key, *counter)]
     k0, k1, c0, c1, c2, c3 = torch.broadcast_tensors(*words)
     for _ in range(10):
         high0, low0 = _multiply_high_low(_M0, c0)
@@ -51,6 +51,11 @@ def philox(
 def split_seed(seed: torch.Tensor | int) -> tuple[torch.Tensor | int, torch.Tensor | int]:
     """The (low, high) 32-bit words of a 64-bit seed, as a Philox key."""
     return seed & _MASK, (seed >> 32) & _MASK
+
+
+def _on(device: torch.device, value: torch.Tensor | int) -> torch.Tensor:
+    """`value` there as int64; an int by a fill, since a copy from the host would wait for a GPU."""
+    return value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.int64, device=device)
 
 
 def _scalar(value: torch.Tensor | int) -> torch.Tensor | int:
@@ -80,7 +85,7 @@ def words_at(
         int64 tensor of the broadcast shape with values in [0, 2**32).
     """
     words = torch.stack(philox(split_seed(_scalar(seed)), (column >> 2, row, _scalar(offset), stream)), -1)
-    lane = torch.as_tensor(column, device=words.device) & 3
+    lane = _on(words.device, column) & 3
     return words.gather(-1, lane.expand(words.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
 

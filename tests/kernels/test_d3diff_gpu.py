@@ -7,6 +7,7 @@ import torch
 
 from unif2ace_kernels import d3diff
 from unif2ace_kernels._library import explain
+from unif2ace_kernels.d3diff import configs
 from unif2ace_kernels.d3diff.noise import noise_torch
 
 pytestmark = [
@@ -22,6 +23,7 @@ def problem(B=6, N=64, D=256, dtype=torch.bfloat16, seed=0, device="cuda"):
     rng = torch.Generator().manual_seed(seed)
     hidden, weight, bias = (torch.randn(*shape, generator=rng) for shape in ((B, N, D), (V, D), (V,)))
     m = torch.linspace(0.1, 1, B)
+    m[-1] = 1
     masked = torch.rand(B, N, generator=rng) < m[:, None]
     targets = torch.where(masked, torch.randint(*CODES, (B, N), generator=rng), -100)
     floats = [each.to(device, dtype).requires_grad_() for each in (hidden, weight * 2 * D**-0.5, bias * 0.3)]
@@ -60,7 +62,8 @@ def test_error_is_that_of_torch_in_the_same_dtype(score, normalizer, dtype):
     value, stats = d3diff.loss(*inputs, **options)
     logits = (inputs[0] @ inputs[1].t() + inputs[2]).float()
     plain, _ = d3diff.loss_from_logits(logits, *inputs[3:], **options)
-    assert relative(value, true) <= 2 * relative(plain, true) + 1e-6
+    # One scalar's error is luck where errors cancel in it: it gets the dtype's own precision as a floor.
+    assert relative(value, true) <= 2 * relative(plain, true) + torch.finfo(dtype).eps / 8
     torch.testing.assert_close(stats.ce.double(), true_stats.ce, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=0)
     for ours, theirs, wanted in zip(
         gradients_of(value, inputs), gradients_of(plain, inputs), gradients_of(true, high), strict=True
@@ -69,8 +72,10 @@ def test_error_is_that_of_torch_in_the_same_dtype(score, normalizer, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 37, 72), (2, 129, 100), (40, 256, 2048)])
-def test_sizes_that_no_block_divides_and_many_chunks(shape):
+def test_sizes_that_no_block_divides_and_many_chunks(shape, monkeypatch):
     """D = 100 has rows of 16-bit numbers that no descriptor takes; the last has three chunks of rows."""
+    monkeypatch.setattr(configs, "CHUNK_BYTES", 1)
+    assert -(-40 * 256 // configs.chunk_rows(40 * 256, 1024, torch.float16)) == 3
     inputs = problem(*shape, dtype=torch.float16)
     high = doubled(inputs)
     (value, _), (true, _) = (d3diff.loss(*each, code_range=CODES, alpha=0.1) for each in (inputs, high))

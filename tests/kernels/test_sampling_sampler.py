@@ -1,5 +1,6 @@
 """The loop: counts, in-painting, batches, policies with their exact laws, and parity with Show-o's procedure."""
 
+import functools
 import itertools
 import math
 
@@ -461,7 +462,24 @@ def test_a_step_number_on_the_device_is_the_step(settings):
 
 
 class NothingOnTheHost(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where a tensor of the host takes part: on a GPU it would be copied there, which no graph can hold."""
+    """Fails where a tensor of the host takes part: on a GPU it would be copied there, which no graph can hold.
+
+    torch.tensor and torch.as_tensor copy too, and show no op of it.
+    """
+
+    def __enter__(self):
+        self._patch = pytest.MonkeyPatch()
+        for name in ("tensor", "as_tensor"):
+            self._patch.setattr(torch, name, functools.partial(self._refuse, name))
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        self._patch.undo()
+        return super().__exit__(*args)
+
+    @staticmethod
+    def _refuse(name, *args, **kwargs):
+        raise AssertionError(f"torch.{name} copies from the host")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -103,7 +103,7 @@ class Injection(nn.Module):
         like = done[0][2]
         out = like.new_zeros(len(task), 3, *like.shape[1:])
         for slot, rows, resampled in done:
-            out = out.index_put((rows, torch.tensor(slot, device=rows.device)), resampled.to(out.dtype))
+            out = out.index_put((rows, torch.full_like(rows, slot)), resampled.to(out.dtype))
         return out
 
 

@@ -14,13 +14,14 @@ BLOCK = 1024  # columns a program: 8 a thread at 4 warps, two 16-byte stores eac
 
 @triton.jit
 def gumbel_kernel(p_seed, p_offset, p_out, columns, stream, BLOCK: tl.constexpr):
-    """p_seed, p_offset: int64 [1]; p_out: float32 [rows, columns]; grid (rows, cdiv(columns, BLOCK))."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_group = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    """p_seed, p_offset: int64 [1]; p_out: float32 [rows, columns]; grid (rows * cdiv(columns, BLOCK),)."""
+    blocks = tl.cdiv(columns, BLOCK)
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o_group = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     w0, w1, w2, w3 = words_of_groups(tl.load(p_seed), tl.load(p_offset), i_row, o_group, stream)
     # [BLOCK]
     b_gumbel = _triton.gumbel(interleave(w0, w1, w2, w3))
-    o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_column = i_block * BLOCK + tl.arange(0, BLOCK)
     tl.store(p_out + i_row * columns + o_column, b_gumbel, mask=o_column < columns)
 
 
@@ -28,7 +29,7 @@ def gumbel(seed: torch.Tensor, offset: torch.Tensor, rows: int, columns: int, st
     """float32 [rows, columns] on the device of `seed`; see `unif2ace_kernels.random.gumbel`."""
     out = seed.new_empty((rows, columns), dtype=torch.float32)
     if out.numel():
-        grid = (rows, triton.cdiv(columns, BLOCK))  # rows may pass 65,535, which only the first axis may
+        grid = (rows * triton.cdiv(columns, BLOCK),)  # the other axes end at 65,535
         with torch.cuda.device_of(out):
             gumbel_kernel[grid](seed, offset, out, columns, stream, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     return out

@@ -40,11 +40,18 @@ class StepGraph:
                     advance(self._ids, self._step, self._run)
             torch.cuda.current_stream().wait_stream(stream)
             try:
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                # A capture that fails leaves its stream the current one: the outer context puts ours back.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+                ):
                     self._out = advance(self._ids, self._step, self._run)
                     self._ids.copy_(self._out[0])
                     self._step += 1
             except RuntimeError as error:
+                # It also leaves torch's own generator in the belief that it is being captured.
+                generator = torch.cuda.default_generators[ids.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
                 what = str(error).strip().splitlines()[0]
                 raise ValueError(f"step_fn: expected one that a CUDA graph can hold, got {what}") from error
 

@@ -86,7 +86,7 @@ def word(value: Tensor | int, argument: str, device: torch.device) -> Tensor:
         expect(value.device == device, argument, f"device {device} (as ids)", value.device)
         return value.reshape(())
     expect(isinstance(value, int) and 0 <= value < 2**63, argument, "an int in [0, 2**63)", repr(value))
-    return torch.tensor(value, dtype=torch.int64, device=device)
+    return torch.full((), value, dtype=torch.int64, device=device)  # a fill: a copy would wait for a GPU
 
 
 def _rows(rows: Tensor | None, like: Tensor, name: str) -> Tensor:
@@ -270,7 +270,7 @@ def remask(
         temperature = temperature.reshape(())
     else:
         expect(0 <= temperature < float("inf"), "temperature", "a finite number >= 0", temperature)
-        temperature = torch.tensor(temperature, dtype=torch.float32, device=confidence.device)
+        temperature = torch.full((), temperature, dtype=torch.float32, device=confidence.device)
     expect_choice(ties, "ties", TIES)
     if isinstance(count, int):
         count = torch.full(confidence.shape[:1], count, device=confidence.device)
