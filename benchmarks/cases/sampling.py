@@ -119,9 +119,7 @@ def _others(op: str, device: torch.device, arguments: tuple, shape: torch.Size) 
         out = function(*arguments)
         return [each.view(shape) for each in (out if isinstance(out, tuple) else (out,))]
 
-    return {
-        f"ours in {each.name}": Baseline(partial(run, each.function)) for each in runnable(op, device.type)[1:]
-    }
+    return {f"ours in {each.name}": Baseline(partial(run, each.function)) for each in runnable(op, device.type)[1:]}
 
 
 def _logits_work(size: Grid, dtype: torch.dtype, device: torch.device) -> Work:
