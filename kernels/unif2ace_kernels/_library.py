@@ -47,7 +47,9 @@ class Implementation:
 
     def refusal(self, tensors: Iterable[object]) -> str | None:
         """Why it does not take `tensors` (what is no tensor is passed over); None when it does."""
-        for tensor in tensors if self.dtypes is not None else ():
+        if self.dtypes is None:
+            return None
+        for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
                 return f"takes {', '.join(map(_short, self.dtypes))}, not {_short(tensor.dtype)}"
         return None

@@ -48,13 +48,13 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hidden // heads)
         self.out = nn.Linear(hidden, hidden)
 
-    def key_value(
-        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_value(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, L, C] of x [B, L, D]."""
         return self._project(x, table)[1:]
 
-    def _project(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _project(
+        self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
         return q.to(v.dtype), k.to(v.dtype), v

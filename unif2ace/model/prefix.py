@@ -15,13 +15,14 @@ What is known cannot be left out in the layers between: its hidden state moves w
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 
 from unif2ace.configs import T2I
 from unif2ace.model.attention import rotary_table
 from unif2ace.model.sequence_moe import NOISE
-from unif2ace.model.transformer import Context, Output, UniF2ace, at_rows
+from unif2ace.model.transformer import Block, Context, Output, UniF2ace, at_rows
 
 
 class TextPrefix:
@@ -76,7 +77,7 @@ class TextPrefix:
         context = Context((causal & seen[:, None, :] | itself)[:, None], table, task[:0], None, None, real, task)
         x = model.embedding(prompts)
         cache = []
-        for index, block in enumerate(model.blocks):
+        for index, block in enumerate(cast(list[Block], model.blocks)):
             k, v = block.attention.key_value(block.norm(x), table)
             cache.append((torch.nn.functional.pad(k, (0, 0, 0, room)), torch.nn.functional.pad(v, (0, 0, 0, room))))
             if index + 1 < len(model.blocks):
@@ -100,7 +101,7 @@ class TextPrefix:
         x = model.embedding(torch.cat([ends[:, :1], ids, ends[:, 1:]], dim=1))
         if model.image_position is not None:
             x[:, 1:-1] += model.image_position.to(x.dtype)
-        if model.injection is not None:
+        if model.injection is not None and self._injected is not None:
             mask_prob = (ids == vocabulary.mask).float().mean(dim=1)
             noise = model.injection.noise(model.injection.level(mask_prob))
             self._injected.unflatten(0, (-1, len(ids)))[:, :, NOISE] = noise
