@@ -268,13 +268,13 @@ def sample_hidden(
         return out_ids, out_confidence
     is_greedy = temperature == 0
     is_filtered = any(configs.filters(codes, temperature, top_k, top_p))
-    is_guided = h_uncond is not None and guidance != 0
+    guide = None if guidance == 0 else h_uncond
     tile = configs.head_tile(weight.dtype, is_filtered)
     row_tiles, tiles = triton.cdiv(count, tile.rows), triton.cdiv(codes, tile.columns)
     window = slice(first_code, first_code + codes)
     weight = configs.contiguous_rows(weight[window])
     bias = weight if bias is None else bias[window]
-    branches = [configs.contiguous_rows(each) for each in (h_cond, h_uncond if is_guided else h_cond)]
+    branches = [configs.contiguous_rows(each) for each in (h_cond, h_cond if guide is None else guide)]
     folded = weight.new_empty(count, hidden)
     slots = row_tiles * tile.rows
     sizes = (count, 1, row_tiles, tiles * slots)
@@ -286,8 +286,8 @@ def sample_hidden(
         fold_kernel[(triton.cdiv(count, configs.FOLD.rows),)](
             *branches, ids, unknown.view(torch.uint8), folded, found, total, ticket, out_ids, out_confidence,
             count, hidden, row_tiles, branches[0].stride(0), branches[1].stride(0), up, down,
-            GUIDED=is_guided, ROWS=configs.FOLD.rows, BLOCK=configs.FOLD.hidden, num_warps=configs.FOLD.num_warps,
-            enable_fp_fusion=False,
+            GUIDED=guide is not None, ROWS=configs.FOLD.rows, BLOCK=configs.FOLD.hidden,
+            num_warps=configs.FOLD.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
         head_kernel[(row_tiles * tiles,)](
             folded, weight, bias, found, total, ticket, parts, winners, parts, ids, rows, seed, offset, out_ids,
@@ -302,4 +302,3 @@ def sample_hidden(
             top_k, top_p, confidence,
         )  # fmt: skip
     return out_ids, out_confidence
-

@@ -124,7 +124,7 @@ class MaskedDiffusionSampler:
             the tensors that it closes over are read where they lie, so new prompts are copied into them.
     """
 
-    step_fn: Callable[[Tensor, int], Any] = field(repr=False)
+    step_fn: Callable[[Tensor, Any], Any] = field(repr=False)
     steps: int
     mask_id: int
     head: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
@@ -159,7 +159,7 @@ class MaskedDiffusionSampler:
         expect(0 <= temperature < math.inf, "remask_temperature", "a finite number >= 0", temperature)
 
     @classmethod
-    def showo(cls, step_fn: Callable[[Tensor, int], Any], steps: int, mask_id: int, **fields) -> MaskedDiffusionSampler:
+    def showo(cls, step_fn: Callable[[Tensor, Any], Any], steps: int, mask_id: int, **fields) -> MaskedDiffusionSampler:
         """Show-o's public sampler, every quirk on: the same ids and masks at every step for the same random numbers.
 
         Its one trait that is left out is outside the sample: it edits the caller's ids in place.
@@ -296,7 +296,7 @@ class MaskedDiffusionSampler:
         """A code at every unknown position, and the policy's confidence in it."""
         out = self.step_fn(ids, step)
         cond, uncond = (out, None) if isinstance(out, Tensor) else out
-        draw = {
+        draw: dict[str, Any] = {
             "code_range": self.code_range, "guidance": self.guidance, "temperature": self.temperature,
             "top_k": self.top_k, "top_p": self.top_p, "seed": run.seed, "offset": run.offset + step,
             "rows": run.rows, "unknown": unknown, "confidence": POLICIES[self.policy],
