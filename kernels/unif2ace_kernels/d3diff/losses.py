@@ -247,7 +247,7 @@ def joint_loss(
     """
     objective = _objective(objective, options)
     expect_tensor(hidden, "hidden", shape=("T", "D"))
-    hidden, targets, sample_id = _flatten(hidden, "hidden", targets, mask_prob, sample_id)
+    hidden, targets, _ = _flatten(hidden, "hidden", targets, mask_prob, sample_id)
     expect_tensor(is_image, "is_image", shape=targets.shape, dtypes=(torch.bool,), device_of=("hidden", hidden))
     _check_head(hidden, weight, bias)
     vocabulary = weight.shape[0]
@@ -294,7 +294,7 @@ def _normalised(weights: Coefficients, dtype: torch.dtype) -> tuple[Coefficients
         weights = Coefficients(weights.ce / size, penalty, weights.shift, mass)
         size = size.to(torch.float32)
     dtype = accumulation_dtype(dtype)
-    return Coefficients(*(None if each is None else each.to(dtype).contiguous() for each in weights)), size
+    return weights.map(lambda each: each.to(dtype).contiguous()), size
 
 
 def _head(
@@ -346,7 +346,7 @@ def _stats(
     if rows.mass is not None:
         score = score + total(rows.mass, mass)
     constant = torch.zeros_like(share) if rows.constant is None else rows.constant.to(ce.dtype)
-    return LossStats(ce.sum() * share, score.to(ce.dtype), constant, lse.sum() * share, rows.count, hit.sum() * share)
+    return LossStats(ce.sum() * share, score.to(ce.dtype), constant, lse.sum() * share, rows.number, hit.sum() * share)
 
 
 def _objective(objective: Objective | None, options: dict) -> Objective:

@@ -8,6 +8,7 @@ turns a reading, a schedule and a reduction into the rows' A, B, C.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,10 +86,14 @@ class Coefficients(NamedTuple):
     shift: torch.Tensor | None
     mass: torch.Tensor | None
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Coefficients:
+        """`function` of each that there is."""
+        penalty, shift, mass = (None if each is None else function(each) for each in self[1:])
+        return Coefficients(function(self.ce), penalty, shift, mass)
+
     def at(self, rows: torch.Tensor, dtype: torch.dtype) -> Coefficients:
         """Those of the rows at `rows` [M], in `dtype`."""
-        penalty, shift, mass = (None if each is None else each.index_select(0, rows).to(dtype) for each in self[1:])
-        return Coefficients(self.ce.index_select(0, rows).to(dtype), penalty, shift, mass)
+        return self.map(lambda each: each.index_select(0, rows).to(dtype))
 
 
 class RowWeights(NamedTuple):
@@ -98,14 +103,14 @@ class RowWeights(NamedTuple):
 
     Attributes:
         valid: bool [T], rows with a label.
-        count: their number, int64; share: 1 / max(count, 1), CE's weight in the mask term. Scalars.
+        number: how many, int64; share: 1 / max(number, 1), CE's weight in the mask term. Scalars.
         score: of CE in the score term (reduction included, alpha not); None: the task has no score term.
         penalty: of e^u - 1 - u, u = lse + shift; mass: of P. Both in the score term.
         constant: what the rows add to the score term without theta, a scalar.
     """
 
     valid: torch.Tensor
-    count: torch.Tensor
+    number: torch.Tensor
     share: torch.Tensor
     score: torch.Tensor | None
     penalty: torch.Tensor | None
