@@ -191,7 +191,6 @@ CASES += [
     _ready_logits("forward", VOCABULARY, "fp32", False, True),
     _ready_logits("backward", VOCABULARY, "fp32", False, True),
     _noise(256, True),
-    _noise(4096, True),
     _noise(configs.NOISE_LENGTH, True),
     _noise(4096, False),
 ]  # fmt: skip
