@@ -35,6 +35,11 @@ def triton_implementation(
     return Implementation("triton", ("cuda",), getattr(importlib.import_module(module), function), None, dtypes)
 
 
+def float32_precision() -> str:
+    """Triton's input_precision of float32 products: exact unless torch's own may round to TF32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 if TRITON_MISSING is None:
     LN2_HIGH = tl.constexpr(_philox.LN2_HIGH)
     LN2_LOW = tl.constexpr(_philox.LN2_LOW)

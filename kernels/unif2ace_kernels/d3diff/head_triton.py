@@ -22,6 +22,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._triton import float32_precision
 from . import configs
 from .head import HeadOutputs
 from .objective import Coefficients
@@ -59,16 +60,14 @@ def head_triton(
     """Triton implementation of `unif2ace::d3diff_head`; see ops.py for the arguments."""
     total, columns = hidden.shape[0], max(ends) - min(starts)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    weights = Coefficients(
-        *(None if each is None else each.contiguous() for each in (ce_weight, penalty_weight, shift, mass_weight))
-    )
+    weights = Coefficients(ce_weight, penalty_weight, shift, mass_weight).map(torch.Tensor.contiguous)
     sizes = [configs.chunk_rows(total, end - start, compute_dtype) for start, end in zip(starts, ends, strict=True)]
     with torch.cuda.device_of(hidden):
         rows = _Rows.of(targets, group, len(starts), ignore_index)
         terms = rows.fill()
         several = sum(triton.cdiv(total, size) for size in sizes) != 1
         gradients = _Gradients.empty(hidden, weight, columns, several, grad_hidden, grad_weight, grad_bias)
-        if grad_hidden:
+        if gradients.hidden is not None:
             rows.clear_others(gradients.hidden)
         for index, (start, end, size) in enumerate(zip(starts, ends, sizes, strict=True)):
             chunk = _Chunk.empty(size, weight[start:end].to(compute_dtype))
@@ -76,7 +75,7 @@ def head_triton(
             b = None if bias is None else bias[start:end].contiguous()
             local_codes = code_columns(codes, start, mass_weight)
             for at in range(0, total, size):
-                source = _Source(rows.index[index], rows.count[index:], at, size)
+                source = _Source(rows.listed[index], rows.counts[index:], at, size)
                 chunk.make_logits(source, hidden, b, rows.targets, start)
                 chunk.make_terms(source, local_codes, weights, terms, gradients.any)
                 chunk.add_gradients(source, part)
@@ -99,37 +98,35 @@ class _Terms(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows and their groups; index int32 [groups, T] lists the labelled ones, count int32 [groups] says how many."""
+    """Rows and their groups; listed int32 [groups, T] are the labelled ones, counts int32 [groups] says how many."""
 
     targets: torch.Tensor
     group: torch.Tensor | None
     ignore_index: int
-    index: torch.Tensor
-    count: torch.Tensor
+    listed: torch.Tensor
+    counts: torch.Tensor
 
     @classmethod
     def of(cls, targets: torch.Tensor, group: torch.Tensor | None, groups: int, ignore_index: int) -> _Rows:
-        index = torch.empty((groups, targets.numel()), dtype=torch.int32, device=targets.device)
-        count = torch.empty(groups, dtype=torch.int32, device=targets.device)
-        return cls(targets.contiguous(), None if group is None else group.contiguous(), ignore_index, index, count)
+        listed = torch.empty((groups, targets.numel()), dtype=torch.int32, device=targets.device)
+        counts = torch.empty(groups, dtype=torch.int32, device=targets.device)
+        return cls(targets.contiguous(), None if group is None else group.contiguous(), ignore_index, listed, counts)
 
     def _asked(self) -> dict[str, object]:
-        return {"GROUPS": self.count.numel(), "HAS_GROUP": self.group is not None}
+        return {"GROUPS": self.counts.numel(), "HAS_GROUP": self.group is not None}
 
     def fill(self) -> _Terms:
-        """Fill index and count; return terms that are 0 in the other rows."""
+        """Fill listed and counts; return terms that are 0 in the other rows."""
         total, device = self.targets.numel(), self.targets.device
-        terms = _Terms(
-            *(torch.empty(total, dtype=torch.float32, device=device) for _ in range(4)),
-            torch.empty(total, dtype=torch.bool, device=device),
-        )
+        loss, ce, lse, mass = (torch.empty(total, dtype=torch.float32, device=device) for _ in range(4))
+        terms = _Terms(loss, ce, lse, mass, torch.empty(total, dtype=torch.bool, device=device))
         blocks = triton.cdiv(total, configs.COMPACT_BLOCK)
         if blocks:
             options = {**self._asked(), "BLOCK": configs.COMPACT_BLOCK}
-            in_block = torch.empty((self.count.numel(), blocks), dtype=torch.int32, device=device)
+            in_block = torch.empty((self.counts.numel(), blocks), dtype=torch.int32, device=device)
             count_kernel[(blocks,)](self.targets, self.group, in_block, total, blocks, self.ignore_index, **options)
             list_kernel[(blocks,)](
-                self.targets, self.group, in_block, self.index, self.count, *terms[:4], terms.hit.view(torch.uint8),
+                self.targets, self.group, in_block, self.listed, self.counts, *terms[:4], terms.hit.view(torch.uint8),
                 total, blocks, self.ignore_index, **options,
             )  # fmt: skip
         return terms
@@ -145,17 +142,17 @@ class _Rows(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Where a chunk's rows are listed: the next `size` from `at` of a group's rows [T]; count [1] of them are real."""
+    """Where a chunk's rows are listed: the next `size` from `at` of a group's rows [T]; number [1] of them are real."""
 
     rows: torch.Tensor
-    count: torch.Tensor
+    number: torch.Tensor
     at: int
     size: int
 
     @property
     def arguments(self) -> tuple[torch.Tensor, int, int]:
         """count, first_row and rows of a kernel."""
-        return self.count, self.at, self.size
+        return self.number, self.at, self.size
 
 
 class _Gradients(NamedTuple):
@@ -178,11 +175,11 @@ class _Gradients(NamedTuple):
         size = (columns, hidden.shape[1])
         create = torch.zeros if several else torch.empty
         kept = create(size, dtype=weight.dtype, device=weight.device) if grad_weight else None
-        carries = grad_weight and several and weight.dtype != torch.float32
+        carries = several and weight.dtype != torch.float32
         return cls(
             torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if grad_hidden else None,
             kept,
-            torch.zeros_like(kept) if carries else None,
+            torch.zeros_like(kept) if carries and kept is not None else None,
             torch.zeros(columns, dtype=torch.float32, device=weight.device) if grad_bias else None,
             several,
         )
@@ -218,8 +215,8 @@ class _Chunk(NamedTuple):
         columns, features = w.shape
         arch, processors = configs.machine(w.device)
         starts = (w.data_ptr(), w.stride(0) * w.itemsize, features * w.itemsize)
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # follows allow_tf32 too
-        tile = configs.product(arch, w.dtype, tf32, aligned=all(each % 16 == 0 for each in starts))
+        aligned = all(each % 16 == 0 for each in starts)
+        tile = configs.product(arch, w.dtype, float32_precision() == "tf32", aligned)
         pitch = triton.cdiv(columns, 64) * 64  # rows of z begin on lines of memory
         z = torch.empty((rows, pitch), dtype=w.dtype, device=w.device)[:, :columns]
         x = torch.empty((rows, features), dtype=w.dtype, device=w.device)

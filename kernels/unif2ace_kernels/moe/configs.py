@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .._triton import float32_precision
+
 ROWS, UP, UP_GATED = "rows", "up", "up gated"
 UP_BACKWARD, UP_BACKWARD_GATED, OUTER = "up backward", "up backward gated", "outer"
 
@@ -87,11 +89,5 @@ def _fit(block: int, size: int) -> int:
 def choose(kernel: str, x: torch.Tensor, rows: int, experts: int, columns: int, depth: int) -> Launch:
     """The launch for products of x's dtype on its device; sizes as in `of_arch`."""
     major, minor = torch.cuda.get_device_capability(x.device)
-    arch, tf32 = 10 * major + minor, precision(x.dtype) == "tf32"
+    arch, tf32 = 10 * major + minor, float32_precision() == "tf32"
     return of_arch(kernel, arch, x.dtype, tf32, rows, experts, columns, depth)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Triton's input_precision: float32 products are exact unless torch's own may use TF32."""
-    may_round = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if may_round else "ieee"

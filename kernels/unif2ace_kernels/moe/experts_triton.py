@@ -30,9 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import expect
+from .._triton import float32_precision
 from .activation_torch import GATED
 from .activation_triton import activate, activate_with_slopes
-from .configs import OUTER, ROWS, UP, UP_BACKWARD, UP_BACKWARD_GATED, UP_GATED, Launch, choose, precision
+from .configs import OUTER, ROWS, UP, UP_BACKWARD, UP_BACKWARD_GATED, UP_GATED, Launch, choose
 from .grouped_triton import (
     combine_kernel,
     halves,
@@ -324,7 +325,7 @@ def _rows_times_weight(
         launch = choose(ROWS, rows, len(rows), experts, n, k)
         grid = (_row_tiles(len(rows), experts, launch.BLOCK_M) * triton.cdiv(n, launch.BLOCK_N),)
         rows_kernel[grid](rows, order, offsets, weight, bias, out, *weight.stride(), experts, n, k,
-                          precision(rows.dtype), **launch._asdict())  # fmt: skip
+                          float32_precision(), **launch._asdict())  # fmt: skip
     return out
 
 
@@ -338,7 +339,7 @@ def _outer(
         launch = choose(OUTER, a, rows, experts, n, m)
         grid = (experts * triton.cdiv(m, launch.BLOCK_M) * triton.cdiv(n, launch.BLOCK_N),)
         outer_kernel[grid](a, b, order, offsets, out, gather_a, slots, experts, m, n,
-                           precision(a.dtype), **launch._asdict())  # fmt: skip
+                           float32_precision(), **launch._asdict())  # fmt: skip
     return out
 
 
@@ -386,7 +387,7 @@ def forward(
             launch = choose(UP_GATED if gated else UP, x, rows, experts, width, hidden)
             grid = (_row_tiles(rows, experts, launch.BLOCK_M) * triton.cdiv(width, launch.BLOCK_N),)
             up_kernel[grid](x, order, offsets, w_in, b_in, h, a, *w_in.stride(), activation, gated, slots, experts,
-                            width, hidden, precision(x.dtype), PIECE=launch.piece, **launch._asdict())  # fmt: skip
+                            width, hidden, float32_precision(), PIECE=launch.piece, **launch._asdict())  # fmt: skip
         by_slot = _rows_times_weight(a, order, offsets, w_out, b_out, choose)
         return _combine(by_slot, weight, slots), h
 
@@ -427,7 +428,7 @@ def backward(
             up_backward_kernel[(tiles * parts,)](
                 grad_y, h, weight, order, offsets, w_out_t, grad_h, scaled_a, grad_weight,
                 in_tiles if has_b_in else None, *w_out_t.stride(), activation, gated,
-                parts + bias_parts, slots, experts, width, hidden, precision(x.dtype), PIECE=launch.piece,
+                parts + bias_parts, slots, experts, width, hidden, float32_precision(), PIECE=launch.piece,
                 **launch._asdict(),
             )  # fmt: skip
         if b_out is not None and rows:

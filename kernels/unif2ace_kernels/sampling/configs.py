@@ -29,11 +29,6 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def precision() -> str:
-    """How float32 products are made, by torch's own setting."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 @dataclass(frozen=True)
 class RowTile:
     """block: values of a row that a program holds at once; num_warps: of the program; max_registers: of a thread."""

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from unif2ace_kernels._triton import interleave, words_of_groups
+from unif2ace_kernels._triton import float32_precision, interleave, words_of_groups
 
 from . import configs, draw_triton
 from .draw_triton import NONE, SLACK, STREAM, exponential, race_bound, token_gumbel
@@ -293,7 +293,7 @@ def sample_hidden(
             folded, weight, bias, found, total, ticket, parts, winners, parts, ids, rows, seed, offset, out_ids,
             out_confidence, row_tiles, codes, hidden, weight.stride(0), first_code, inverse,
             BIAS=bias is not weight, GREEDY=is_greedy, CONFIDENCE=confidence, STORE=is_filtered,
-            EVEN=hidden % tile.hidden == 0, PRECISION=configs.precision(), ROWS=tile.rows, COLUMNS=tile.columns,
+            EVEN=hidden % tile.hidden == 0, PRECISION=float32_precision(), ROWS=tile.rows, COLUMNS=tile.columns,
             HIDDEN=tile.hidden, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     if is_filtered:
