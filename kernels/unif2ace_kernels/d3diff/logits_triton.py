@@ -116,17 +116,17 @@ def logits_triton(
     """Triton implementation of `unif2ace::d3diff_logits`: loss, and ce, lse, mass, hit of each row of logits [T, V]."""
     rows, columns = logits.shape[0], end - start
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    terms = [torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(4)]
+    loss, ce, lse, mass = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(4))
     hit = torch.empty(rows, dtype=torch.bool, device=logits.device)
     if rows:
         with torch.cuda.device_of(logits):
             logits_kernel[(rows,)](
-                logits, targets.contiguous(), *_contiguous(ce_weight, penalty_weight, shift, mass_weight), *terms,
-                hit.view(torch.uint8), columns, start, *code_columns(codes, start, mass_weight), ignore_index,
-                logits.stride(0), HAS_PENALTY=penalty_weight is not None, HAS_SHIFT=shift is not None,
+                logits, targets.contiguous(), *_contiguous(ce_weight, penalty_weight, shift, mass_weight),
+                loss, ce, lse, mass, hit.view(torch.uint8), columns, start, *code_columns(codes, start, mass_weight),
+                ignore_index, logits.stride(0), HAS_PENALTY=penalty_weight is not None, HAS_SHIFT=shift is not None,
                 HAS_MASS=mass_weight is not None, BLOCK=configs.row_block(columns), num_warps=configs.ROW_WARPS,
             )  # fmt: skip
-    return terms[0].sum(dtype=torch.float64).to(torch.float32), *terms[1:], hit
+    return loss.sum(dtype=torch.float64).to(torch.float32), ce, lse, mass, hit
 
 
 def logits_backward_triton(
