@@ -34,7 +34,7 @@ def _committed(room: str, name: str) -> list[str]:
     return rows[0][1:]
 
 
-@pytest.mark.parametrize("room, case, arch", _runs())
+@pytest.mark.parametrize("room, case, arch", list(_runs()))
 def test_needs_what_the_table_says(room, case, arch):
     report = case.compile(arch)
     assert (report.spill_bytes > 0) == (case.spills is not None)
