@@ -204,11 +204,25 @@ class BuildExtension(build_ext):
 
 EXTRAS = {
     "demo": [
-        "numpy", "pillow", "matplotlib", "tqdm", "openvino", "opencv-python-headless", "scipy", "tokenizers",
+        "numpy",
+        "pillow",
+        "matplotlib",
+        "tqdm",
+        "openvino",
+        "opencv-python-headless",
+        "scipy",
+        "tokenizers",
         "safetensors",
     ],
     "dev": [
-        "pytest", "ruff", "mypy", "numpy", "scipy", "pybind11", "setuptools", "transformers",
+        "pytest",
+        "ruff",
+        "mypy",
+        "numpy",
+        "scipy",
+        "pybind11",
+        "setuptools",
+        "transformers",
         "triton; platform_system == 'Linux'",
     ],
 }

@@ -41,9 +41,7 @@ def answers_of(monkeypatch, classes, right):
         attribute = next(calls)
         words = ATTRIBUTES[attribute].words
         assert len(codes) == len(identity) == len(semantic) == len(questions) == len(classes)
-        return [
-            words[value] if ok else words[value - 1] for value, ok in zip(classes[:, attribute], right[attribute])
-        ]
+        return [words[value] if ok else words[value - 1] for value, ok in zip(classes[:, attribute], right[attribute])]
 
     monkeypatch.setattr(quality, "answer_codes", answer_codes)
     count = len(classes)

@@ -153,9 +153,7 @@ def test_answers_and_their_ends_are_the_targets(recipe, faces, text, config):
                 pairs.append((text.decode(question), text.decode(answer)))
                 question, answer = [], []
         assert question == answer == [] and len(pairs) == SIZES.questions
-        attributes = [
-            next(i for i in range(len(ATTRIBUTES)) if asked in captions.questions(i)) for asked, _ in pairs
-        ]
+        attributes = [next(i for i in range(len(ATTRIBUTES)) if asked in captions.questions(i)) for asked, _ in pairs]
         assert len(set(attributes)) == SIZES.questions
         for attribute, (_, said) in zip(attributes, pairs):
             assert said == ATTRIBUTES[attribute].words[faces.classes[face, attribute]]

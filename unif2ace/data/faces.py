@@ -108,9 +108,7 @@ class FaceGenerator:
         rgb = ops.add(ops.convolution(features, weight, [1, 1], [0, 0], [0, 0], [1, 1]), bias)
         return self._openvino.Model([rgb.output(0)], network.get_parameters(), "faces")
 
-    def _stream(
-        self, network: openvino.CompiledModel, styles: np.ndarray
-    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+    def _stream(self, network: openvino.CompiledModel, styles: np.ndarray) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Run `styles` one by one, as many at a time as there are streams, and give the outputs in order."""
         requests = [network.create_infer_request() for _ in range(self._streams)]
         for index in range(len(styles) + self._streams):

@@ -14,6 +14,7 @@ from .._philox import REMASK_STREAM, TOKEN_STREAM, gumbel, random_words, words_a
 
 Tensor = torch.Tensor
 
+
 def _tile_rows(device: torch.device) -> int:
     """Rows that are computed at once: never a number that depends on how many there are.
 
@@ -70,7 +71,7 @@ def _confidence(shifted: Tensor, code: Tensor, kind: str) -> Tensor:
 def draw(
     cond: Tensor, uncond: Tensor | None, rows: Tensor, seed: Tensor, offset: Tensor, guidance: float,
     temperature: float, top_k: int, top_p: float, confidence: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op `draw`: (code [R] int64, confidence [R]) from logits [R, V]; float64 for float64, else float32.
 
     A row whose largest guided logit is not finite has no distribution: code -1, confidence -inf.
@@ -93,7 +94,7 @@ def draw(
 def _sample_rows(
     tiles_of: Callable[[Tensor], Iterable[tuple[Tensor, Tensor | None]]], ids: Tensor, unknown: Tensor, rows: Tensor,
     seed: Tensor, offset: Tensor, first_code: int, compact: bool, draw_arguments: tuple,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw tile by tile; `tiles_of(index)` gives the logits of the code columns at the rows of `index`, in tiles."""
     if compact and ids.device.type == "cpu":
         index = unknown.nonzero()[:, 0]
@@ -115,7 +116,7 @@ def sample_logits(
     cond: Tensor, uncond: Tensor | None, ids: Tensor, unknown: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
     first_code: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, confidence: str,
     compact: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op `sample_logits`; see ops.py."""
     window = slice(first_code, first_code + codes)
 
@@ -131,7 +132,7 @@ def sample_hidden(
     h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor, unknown: Tensor,
     rows: Tensor, seed: Tensor, offset: Tensor, first_code: int, codes: int, guidance: float, temperature: float,
     top_k: int, top_p: float, confidence: str, compact: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op `sample_hidden`; see ops.py."""
     dtype = compute_dtype(weight.dtype)
     weight = weight[first_code : first_code + codes]
@@ -154,7 +155,7 @@ def sample_hidden(
 def remask(
     confidence: Tensor, unknown: Tensor, count: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
     temperature: Tensor, ties: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The op `remask`; see ops.py."""
     # A position without a distribution is forgotten first; a confidence of +inf still ranks below a known token's.
     largest = torch.finfo(confidence.dtype).max

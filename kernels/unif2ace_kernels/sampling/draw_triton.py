@@ -79,9 +79,7 @@ def distance(scaled):
 
 
 # Scalars on the device may be elements of a table, at any address; that is no reason to compile again.
-@triton.jit(
-    do_not_specialize=["first_code", "codes", "top_k"], do_not_specialize_on_alignment=["p_seed", "p_offset"]
-)
+@triton.jit(do_not_specialize=["first_code", "codes", "top_k"], do_not_specialize_on_alignment=["p_seed", "p_offset"])
 def draw_kernel(
     p_cond, p_uncond, p_ids, p_unknown, p_rows, p_seed, p_offset, p_out_ids, p_out_confidence,
     stride_cond, stride_uncond, first_code, codes, up, down, inverse, top_k, top_p,

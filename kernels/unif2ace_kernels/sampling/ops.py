@@ -97,8 +97,10 @@ def _rows(rows: Tensor | None, like: Tensor, name: str) -> Tensor:
     return rows.reshape(-1).contiguous()
 
 
-def _draw_arguments(ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p,
-                    confidence, width, has_uncond, compact):
+def _draw_arguments(
+    ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence, width,
+    has_uncond, compact,
+):  # fmt: skip
     """Check what the two samplers share and flatten it to the op's arguments, from `ids` on."""
     expect_tensor(ids, "ids", dtypes=[torch.int64])
     first, stop = code_range
@@ -117,7 +119,7 @@ def _draw_arguments(ids, mask_id, unknown, rows, seed, offset, code_range, guida
         ids.reshape(-1).contiguous(), unknown.reshape(-1).contiguous(), _rows(rows, ids, "ids"),
         word(seed, "seed", ids.device), word(offset, "offset", ids.device), first, stop - first, float(guidance),
         float(temperature), top_k, float(top_p), confidence, compact,
-    )
+    )  # fmt: skip
 
 
 def _same_leading(value: Tensor, argument: str, ids: Tensor, last: int | str) -> Tensor:
@@ -131,7 +133,7 @@ def sample_from_logits(
     guidance: float = 0.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: Tensor | int,
     offset: Tensor | int = 0, confidence: str = "log_prob", rows: Tensor | None = None,
     unknown: Tensor | None = None, compact: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw a code for every masked position from logits of two branches, by Gumbel-max.
 
     With z = ((1 + w) cond - w uncond)[code columns] and G the Gumbel numbers of (seed, offset, row, code)::
@@ -183,7 +185,7 @@ def sample_from_logits(
     arguments = _draw_arguments(
         ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence,
         cond.shape[-1], uncond is not None, compact,
-    )
+    )  # fmt: skip
     drawn, value = _sample_logits(flat_cond, flat_uncond, *arguments)
     return drawn.view(ids.shape), value.view(ids.shape)
 
@@ -193,7 +195,7 @@ def sample_from_hidden(
     code_range: Sequence[int] | None = None, guidance: float = 0.0, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, seed: Tensor | int, offset: Tensor | int = 0, confidence: str = "log_prob",
     rows: Tensor | None = None, unknown: Tensor | None = None, compact: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sample_from_logits` of a linear head, without the logits: guidance is folded into the hidden state::
 
         z = W ((1 + w) h_cond - w h_uncond) + b,    code rows of W and masked positions only
@@ -226,7 +228,7 @@ def sample_from_hidden(
     arguments = _draw_arguments(
         ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence,
         width, h_uncond is not None, compact,
-    )
+    )  # fmt: skip
     bias = None if bias is None else bias.contiguous()
     drawn, value = _sample_hidden(flat_cond, flat_uncond, weight.contiguous(), bias, *arguments)
     return drawn.view(ids.shape), value.view(ids.shape)
@@ -235,7 +237,7 @@ def sample_from_hidden(
 def remask(
     confidence: Tensor, unknown: Tensor, count: Tensor | int, temperature: Tensor | float = 0.0, *,
     seed: Tensor | int, offset: Tensor | int = 0, ties: str = "index", rows: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The positions to mask again: in each sample, the `count` least confident of the unknown ones.
 
     They are ranked by confidence + temperature * G with Gumbel numbers G of (seed, offset, row), a stream of their

@@ -69,7 +69,7 @@ def lowest(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:
 def step(
     cond: Tensor, uncond: Tensor | None, ids: Tensor, *, mask_id: int, first_code: int, codes: int, guidance: float,
     temperature: float, count: Tensor, remask_temperature: float, race: Tensor, noise: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A whole step: (the ids [B, N] with a code at every position, the mask [B, N] of those to forget again).
 
     cond, uncond [B, N, vocabulary]; race [B, N, codes] exponentials; noise [B, N] Gumbel; count [B].

@@ -150,8 +150,12 @@ class MaskedDiffusionSampler:
         if not callable(self.schedule):
             expect_choice(self.schedule, "schedule", tuple(SCHEDULES))
         for name, choices in (
-            ("policy", tuple(POLICIES)), ("temperature_mode", ("maskgit", "showo")), ("ties", ("index", "showo")),
-            ("known", ("keep", "showo")), ("counts", ("exact", "showo")), ("last_step", ("finish", "showo")),
+            ("policy", tuple(POLICIES)),
+            ("temperature_mode", ("maskgit", "showo")),
+            ("ties", ("index", "showo")),
+            ("known", ("keep", "showo")),
+            ("counts", ("exact", "showo")),
+            ("last_step", ("finish", "showo")),
             ("confidence_floor", ("none", "showo")),
         ):
             expect_choice(getattr(self, name), name, choices)
@@ -234,7 +238,7 @@ class MaskedDiffusionSampler:
     def __call__(
         self, ids: Tensor, *, seed: Tensor | int = 0, offset: Tensor | int = 0, rows: Tensor | None = None,
         callback: Callable[[Step], None] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Fill the masked positions of `ids`.
 
         Args:
