@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results/gpu
 BUDGET ?= 500
+# Processes that the tests run in: one a core, and no more than fit in memory.
+WORKERS ?= auto --maxprocesses 8
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
@@ -28,13 +30,14 @@ demo-small: $(DEMO_READY) $(EXTENSION)
 	UNIF2ACE_INSTALL_SECONDS=$$(cat $(INSTALL_SECONDS)) $(VENV)/bin/unif2ace demo --small
 
 test: $(DEV_READY) $(EXTENSION)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: $(DEV_READY) $(EXTENSION)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 bench: $(DEV_READY) $(EXTENSION)

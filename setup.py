@@ -216,6 +216,8 @@ EXTRAS = {
     ],
     "dev": [
         "pytest",
+        "pytest-xdist",
+        "hypothesis",
         "ruff",
         "mypy",
         "numpy",

@@ -8,6 +8,7 @@ function in a process of its own, once per scheduling seed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pickle
@@ -88,17 +89,23 @@ def _build(source: Path) -> tuple[str, Path]:
         digest.update(path.read_bytes())
     name = f"{source.stem}_{digest.hexdigest()[:12]}"
     library = ROOT / ".cache" / "cuda_on_cpu" / f"{name}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}.tmp")
-        command = ["g++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra"]
-        command += ["-Wno-unknown-pragmas", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
-        command += ["-fno-sanitize-recover=all", f"-DCUDA_ON_CPU_MODULE={name}", f"-I{FOLDER}", f"-I{ROOT / 'csrc'}"]
-        command += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-        done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
-        assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr}"
-        partial.rename(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with (library.parent / f"{source.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes: the first to come compiles for all
+        if not library.exists():
+            _compile(source, name, library, pybind11.get_include())
     return name, library
+
+
+def _compile(source: Path, name: str, library: Path, pybind11: str) -> None:
+    partial = library.with_suffix(".tmp")
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra"]
+    command += ["-Wno-unknown-pragmas", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+    command += ["-fno-sanitize-recover=all", f"-DCUDA_ON_CPU_MODULE={name}", f"-I{FOLDER}", f"-I{ROOT / 'csrc'}"]
+    command += ["-isystem", pybind11, "-isystem", sysconfig.get_path("include")]
+    done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
+    assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr}"
+    partial.rename(library)
 
 
 def assert_bits_equal(actual: object, expected: object) -> None:
