@@ -14,7 +14,7 @@ from torch import Tensor
 from ..case import Baseline, Outputs, bind, compiled
 
 IGNORE = -100
-Contender = Callable[[Tensor, Tensor, Tensor], Outputs]
+Contender = Callable[..., Outputs]
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,19 @@ class Problem:
     mode: str
     seeds: Sequence[Tensor]
 
-    def bind(self, contender: Contender, **kind: bool) -> Baseline:
-        return Baseline(bind(contender, self.inputs, self.mode, self.seeds), **kind)
+    def bind(self, contender: Contender, *, without_bias: bool = False, **kind: bool) -> Baseline:
+        inputs = self.inputs[:-1] if without_bias else self.inputs
+        return Baseline(bind(contender, inputs, self.mode, self.seeds), **kind)
 
     def of_rows(self, function: Callable[..., Tensor]) -> Contender:
         """`function` of the labelled rows' (hidden [M, D], weight [C, D], bias [C], labels [M]) -> CE [M], reduced."""
         first, end = self.columns
 
-        def contender(hidden: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
+        def contender(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Outputs:
             rows = self.select()
             x = hidden.flatten(0, 1)[rows.index]
-            return rows.reduce(function(x, weight[first:end], bias[first:end], rows.labels))
+            columns = None if bias is None else bias[first:end]
+            return rows.reduce(function(x, weight[first:end], columns, rows.labels))
 
         return contender
 
@@ -145,7 +147,7 @@ def _torch_peers(problem: Problem) -> Mapping[str, Baseline]:
 
 
 def _liger(problem: Problem) -> Baseline:
-    if problem.labels.device.type != "cuda":
+    if not _on_gpu(problem.labels.device):
         return Baseline(None, missing="Liger runs on GPUs alone")
     module = package("liger_kernel.transformers")
     if isinstance(module, str):
@@ -162,11 +164,23 @@ def _cut_cross_entropy(problem: Problem) -> Baseline:
     module = _cce_module(problem.labels.device)
     if isinstance(module, str):
         return Baseline(None, missing=module)
+    loss = module.linear_cross_entropy
 
     def rows(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-        return module.linear_cross_entropy(x, weight, labels, bias=bias, reduction="none")
+        return loss(x, weight, labels, bias=bias, reduction="none")
 
-    return problem.bind(problem.of_rows(rows))
+    def rows_without_bias(x: Tensor, weight: Tensor, bias: None, labels: Tensor) -> Tensor:
+        return loss(x, weight, labels, reduction="none")
+
+    if has_bias(loss):
+        return problem.bind(problem.of_rows(rows))
+    # The released one: less work than was asked for, so a yardstick of speed.
+    return problem.bind(problem.of_rows(rows_without_bias), without_bias=True, rate_only=True)
+
+
+def has_bias(loss: Callable) -> bool:
+    """Whether a cut_cross_entropy's loss takes one: 25.1.1 does not, later source does."""
+    return "bias" in inspect.signature(loss).parameters
 
 
 def cut_cross_entropy_with_lse(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | str:
@@ -174,14 +188,19 @@ def cut_cross_entropy_with_lse(device: torch.device) -> Callable[..., tuple[Tens
     module = _cce_module(device)
     if isinstance(module, str):
         return module
-    if "return_lse" not in inspect.signature(module.linear_cross_entropy).parameters:
-        return f"cut_cross_entropy {module.__version__} has no return_lse"
+    loss = module.linear_cross_entropy
+    if not (has_bias(loss) and "return_lse" in inspect.signature(loss).parameters):
+        return f"cut_cross_entropy {module.__version__} has no bias and no return_lse"
 
     def both(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return module.linear_cross_entropy(x, weight, labels, bias=bias, reduction="none", return_lse=True)
+        return loss(x, weight, labels, bias=bias, reduction="none", return_lse=True)
 
     return both
 
 
 def _cce_module(device: torch.device) -> ModuleType | str:
-    return package("cut_cross_entropy") if device.type == "cuda" else "cut-cross-entropy runs on GPUs alone"
+    return package("cut_cross_entropy") if _on_gpu(device) else "cut-cross-entropy runs on GPUs alone"
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"

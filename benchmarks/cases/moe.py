@@ -12,7 +12,7 @@ from torch import Tensor
 from unif2ace_kernels import moe
 
 from ..case import FORWARD, TOLERANCE, TRAINING, Baseline, Case, Outputs, Work, bind, compiled, error_against, truth_of
-from ..peers import Peer, Restored, peers, per_group
+from ..peers import Peer, Restored, Task, peers, per_group
 from . import moe_mix
 from .moe_grid import cpu_points, gpu_points, name_of, name_of_router, router_points
 from .moe_layer import COEF, Layer, activate, every_expert, loop, router, sorted_grouped, tensors
@@ -23,8 +23,8 @@ LAYERS = [
     ("smoke swiglu", Layer(96, 32, 16, 4, 2, 0, "swiglu", bias=False, load="zipf", first=0.9), "made up, tiny",
      CPU + GPU),
     ("demo", Layer(44 * 104, 192, 128, 4, 2, 1), "the demo's model, 44 rows of 104 a step", CPU + GPU),
-    ("paper-1k", Layer(1024, 2048, 512, 8, 4, 3), "ModelConfig.base(), 1,024 tokens", CPU + GPU),
-    ("paper-16k", Layer(16384, 2048, 512, 8, 4, 3), "ModelConfig.base(), 16,384 tokens", GPU),
+    ("paper-1k", Layer(1024, 2048, 512, 8, 4, 3), "UniF2aceConfig.base(), 1,024 tokens", CPU + GPU),
+    ("paper-16k", Layer(16384, 2048, 512, 8, 4, 3), "UniF2aceConfig.base(), 16,384 tokens", GPU),
     ("fine-16k", Layer(16384, 2048, 512, 16, 4, 0), "32 experts of width 512 in two groups", GPU),
     ("swiglu-24k", Layer(24576, 1536, 512, 32, 4, 0, "swiglu", bias=False),
      "the shape that public MoE kernels report (E 64, K 4, n 512, d 1536)", GPU),
@@ -75,7 +75,8 @@ def _layer_work(size: Layer, dtype: torch.dtype, mode: str, device: torch.device
             baseline(compiled(routed(sorted_grouped)), compiles=True) if grouped else absent
         )
     for peer in peers():
-        baselines |= _peer_baselines(peer, size, inputs, routed, mode, seeds)
+        if size.activation in peer.activations or peer.name not in baselines:
+            baselines |= _peer_baselines(peer, size, inputs, routed, mode, seeds)
     baselines["dense FFN of equal FLOPs"] = Baseline(bind(dense, dense_inputs, mode, seeds[:1]), rate_only=True)
     return Work(
         ours=bind(ours, inputs, mode, seeds),
@@ -89,11 +90,13 @@ def _peer_baselines(
     peer: Peer, size: Layer, inputs: Sequence[Tensor], routed: Callable, mode: str, seeds: Outputs
 ) -> dict[str, Baseline]:
     """A library in one call for all groups, and in a call for each."""
-    names = [peer.name, f"{peer.name}, once a group"]
-    reason = peer.refusal(size.activation, size.bias, inputs[0].device, inputs[0].dtype)
+    x, _, w_in, w_out, *biases = inputs
+    copies = float(size.T * size.slots * (w_in[0].nbytes + w_out[0].nbytes))
+    reason = peer.refusal(Task(size.activation, size.bias, x.dtype, x.device, mode == TRAINING, copies))
     if peer.call is None or reason is not None:
-        return {name: Baseline(None, missing=reason) for name in names[:1]}
-    stored = [*inputs[:2], peer.stored(inputs[2]), peer.stored(inputs[3]), *inputs[4:]]
+        return {peer.name: Baseline(None, missing=reason)}
+    layout = peer.layout
+    stored = [*inputs[:2], layout.w_in(w_in), layout.w_out(w_out), *biases]
     groups, token = [], 0
     for g, count in enumerate(size.tokens_of_group):
         groups.append((slice(token, token + count), slice(g * size.N, (g + 1) * size.N)))
@@ -102,12 +105,13 @@ def _peer_baselines(
     def baseline(call: Callable[..., Tensor]) -> Baseline:
         run = bind(routed(call), stored, mode, seeds)
         # In the outputs of a training step: y, the loss, and the gradients of x, the logits, w_in, w_out.
-        return Baseline(run if mode == FORWARD else lambda: Restored(run(), {4: peer.restored, 5: peer.restored}))
+        back = {4: layout.w_in_back, 5: layout.w_out_back}
+        return Baseline(run if mode == FORWARD else lambda: Restored(run(), back))
 
-    found = {names[0]: baseline(peer.call)}
+    found = {peer.name: baseline(peer.call)}
     # A shared expert's index comes after all routed ones. On a CPU the small points show what a call a group costs.
-    if size.shared == 0 and size.groups > 1 and (inputs[0].is_cuda or size.T <= 512):
-        found[names[1]] = baseline(per_group(peer.call, groups))
+    if layout.by_expert and size.shared == 0 and size.groups > 1 and (x.is_cuda or size.T <= 512):
+        found[f"{peer.name}, once a group"] = baseline(per_group(peer.call, groups))
     return found
 
 
