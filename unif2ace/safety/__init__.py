@@ -1,0 +1,1 @@
+"""Responsible use: the watermark of every painting, the hook of a safety checker, the model card."""
