@@ -1,4 +1,4 @@
-"""Three attention kernels, one truth: who sees whom row by row, padding on either side, cached keys, any batch of tasks."""
+"""Three attention kernels, one truth: who sees whom row by row, padding on either side, cached keys, positions."""
 
 from __future__ import annotations
 
@@ -9,50 +9,59 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
+from transformers import DynamicCache, PretrainedConfig, StaticCache
 
 from unif2ace.configs import MMU, T2I
 from unif2ace.errors import UserError
-from unif2ace.model.attention import attend, positions, rotary_table, rotate
+from unif2ace.model.attention import IMPLEMENTATIONS, Attention, attend, positions, rotary_table, rotate
 from unif2ace.model.visibility import Visibility
 
 N = 4  # image tokens
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows told apart by what a person would say of them: pads before, tokens, pads after, and where the image is."""
+    """Rows by what a person would say of them: task, pads before, tokens, pads after, image start (-1: none)."""
 
-    rows: list[tuple[int, int, int, int, int]]  # task, pads before, tokens, pads after, image_start or -1
+    rows: list[tuple[int, int, int, int, int]]
+    image_tokens: int = N
+
+    @property
+    def facts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """What `Visibility` is told."""
+        mask = [[False] * before + [True] * tokens + [False] * after for _, before, tokens, after, _ in self.rows]
+        task, image_start = (torch.tensor([each[at] for each in self.rows]) for at in (0, 4))
+        return torch.tensor(mask), task, image_start, self.image_tokens
+
+    def visibility(self, **options) -> Visibility:
+        return Visibility(*self.facts, **options)
 
     @property
     def length(self) -> int:
         return sum(self.rows[0][1:4])
 
-    @property
-    def facts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        mask = [[False] * before + [True] * tokens + [False] * after for _, before, tokens, after, _ in self.rows]
-        return torch.tensor(mask), torch.tensor([r[0] for r in self.rows]), torch.tensor([r[4] for r in self.rows]), N
-
-    def visibility(self, **options) -> Visibility:
-        return Visibility(*self.facts, **options)
-
-    def sees(self, row: int, query: int, key: int) -> bool:
-        """The prose of the layouts, a pair at a time."""
+    def seen(self, row: int, query: int) -> list[int]:
+        """The keys that a query sees, by the prose of the layouts; none for padding."""
         task, before, tokens, _, image = self.rows[row]
-        if not before <= key < before + tokens:
-            return False
-        if image >= 0 and task == T2I and image - 1 <= query <= image + N:
-            return True
-        if image >= 0 and task == MMU and key <= image + N:
-            return True
-        return key <= query
+        real = range(before, before + tokens)
+        if query not in real:
+            return []
+        if image >= 0 and task == T2I and image - 1 <= query <= image + self.image_tokens:
+            return [*real]
+        if image >= 0 and task == MMU:
+            return [key for key in real if key <= query or key <= image + self.image_tokens]
+        return [key for key in real if key <= query]
 
-    def real(self, row: int, position: int) -> bool:
-        return self.rows[row][1] <= position < sum(self.rows[row][1:3])
+    def qkv(self, queries: int | None = None, dtype=torch.float64, grad: bool = False) -> list[torch.Tensor]:
+        lengths = (queries or self.length, self.length, self.length)
+        return [torch.randn(len(self.rows), 2, n, 16, dtype=dtype, requires_grad=grad) for n in lengths]
 
 
 BATCHES = {
-    # Every row has 14 positions. t2i: text, then <soi> codes <eoi> (6), which end the row.
+    # Rows of 14 positions; an image with its <soi> and <eoi> takes 6 of them, in t2i the last tokens.
     "t2i": Rows([(T2I, 0, 14, 0, 9), (T2I, 3, 11, 0, 9), (T2I, 6, 6, 2, 7), (T2I, 0, 8, 6, 3)]),
     "mmu, pads after": Rows([(MMU, 0, 14, 0, 2), (MMU, 0, 9, 5, 2), (MMU, 0, 7, 7, 2)]),
     "mmu, pads before": Rows([(MMU, 0, 14, 0, 2), (MMU, 5, 9, 0, 7), (MMU, 7, 7, 0, 9)]),
@@ -67,68 +76,317 @@ def rows(request) -> Rows:
 
 
 def truth(q, k, v, rows: Rows, first: int = 0) -> torch.Tensor:
-    """One query at a time, float64; zeros where a query is padding."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    for row in range(len(rows.rows)):
-        for i in range(q.shape[2]):
-            if rows.real(row, first + i):
-                keys = [j for j in range(k.shape[2]) if rows.sees(row, first + i, j)]
-                scores = k[row, :, keys].double() @ q[row, :, i, :, None].double() / math.sqrt(q.shape[3])
-                out[row, :, i] = (scores.softmax(dim=1) * v[row, :, keys].double()).sum(1)
-    return out
+    """One query at a time, in float64: [B, Lq, H, C], zeros where a query is padding."""
+
+    def one(row: int, i: int) -> torch.Tensor:
+        keys = rows.seen(row, first + i)
+        scores = k[row, :, keys].double() @ q[row, :, i, :, None].double() / math.sqrt(q.shape[3])
+        return (scores.softmax(dim=1) * v[row, :, keys].double()).sum(1)
+
+    return torch.stack([torch.stack([one(row, i) for i in range(q.shape[2])]) for row in range(len(q))])
 
 
-def qkv(rows: Rows, queries: int | None = None, heads: int = 2, channels: int = 16, dtype=torch.float64):
-    lengths = (queries or rows.length, rows.length, rows.length)
-    return [torch.randn(len(rows.rows), heads, n, channels, dtype=dtype) for n in lengths]
-
-
-def real_queries(rows: Rows, first: int = 0) -> torch.Tensor:
-    return rows.facts[0][:, first:]
-
-
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False, deterministic=False
+):
     """flash-attn's function of this name in plain torch: float64 inside, one rounding at the end.
 
-    A sequence without keys gives zeros, causal is aligned to the bottom right; what no sequence covers, and what lies
-    beyond the longest lengths that were promised, is left unwritten: NaN here.
+    A sequence without keys gives zeros; causal is aligned to the bottom right.
     """
     assert q.dim() == k.dim() == v.dim() == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert (
-        len(cu_seqlens_q) == len(cu_seqlens_k) and (cu_seqlens_q.diff() >= 0).all() and (cu_seqlens_k.diff() >= 0).all()
-    )
-    assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0, "sequences begin at the first token"
-    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k), "gradients of the rest would be unwritten"
-    assert cu_seqlens_q.diff().max() <= max_seqlen_q and cu_seqlens_k.diff().max() <= max_seqlen_k
+    assert len(cu_seqlens_q) == len(cu_seqlens_k) and cu_seqlens_q[0] == cu_seqlens_k[0] == 0
+    for cumulated, total, longest in ((cu_seqlens_q, len(q), max_seqlen_q), (cu_seqlens_k, len(k), max_seqlen_k)):
+        assert 0 <= cumulated.diff().min() and cumulated.diff().max() <= longest
+        assert cumulated[-1] == total, "the kernel leaves the output and the gradients of the rest unwritten"
     parts = []
     for qa, qb, ka, kb in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:]):
         queries, keys = int(qb - qa), int(kb - ka)
-        if queries and not keys:
-            parts.append(torch.zeros_like(q[qa:qb]))
-        elif queries:
+        if queries and keys:
             scores = torch.einsum("qhc,khc->hqk", q[qa:qb].double(), k[ka:kb].double()) / math.sqrt(q.shape[2])
             if causal:
                 seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
                 assert seen.any(1).all(), "a query without a key"
                 scores = scores.masked_fill(~seen, -math.inf)
             parts.append(torch.einsum("hqk,khc->qhc", scores.softmax(-1), v[ka:kb].double()).to(q.dtype))
+        else:
+            parts.append(torch.zeros_like(q[qa:qb]))
     return torch.cat(parts)
 
 
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch) -> str:
+    """Each one; flash-attn as if it were installed, and FlexAttention as if it let a CPU train, as it could."""
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *each: None)
+    return request.param
+
+
+def dtype_of(implementation: str) -> torch.dtype:
+    return torch.bfloat16 if implementation == "flash_attention_2" else torch.float64
+
+
+def assert_close(given: torch.Tensor, expected: torch.Tensor) -> None:
+    """As close as float64 is, or as bfloat16 is after a rounding or two."""
+    tolerance = 1e-12 if given.dtype == torch.float64 else 2**-7
+    torch.testing.assert_close(given.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------- who sees whom
+
+
+def test_outputs_and_gradients_are_those_of_the_layouts_prose(rows, implementation):
+    q, k, v = rows.qkv(dtype=dtype_of(implementation), grad=True)
+    real = rows.facts[0]
+    out = attend(q, k, v, rows.visibility(), implementation).transpose(1, 2)
+    exact = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    expected = truth(*exact, rows)
+    assert out.dtype == q.dtype and out.isfinite().all(), "padding is finite"
+    assert_close(out[real], expected[real])
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    given = torch.autograd.grad((weight * out)[real].sum(), (q, k, v))
+    for each, want in zip(given, torch.autograd.grad((weight * expected)[real].sum(), exact)):
+        assert_close(each, want)
+        assert not each.transpose(1, 2)[~real].any(), "padding has no part in what is no padding"
+
+
+@pytest.mark.parametrize("queries", [1, 3, 7, 13])
+def test_the_last_queries_of_a_longer_key_axis(rows, implementation, queries):
+    """Decoding: what a cache holds comes first, one token follows or several."""
+    q, k, v = rows.qkv(queries, dtype_of(implementation))
+    real = rows.facts[0][:, -queries:]
+    out = attend(q, k, v, rows.visibility(queries=queries), implementation).transpose(1, 2)
+    assert_close(out[real], truth(q, k, v, rows, rows.length - queries)[real])
+
+
+@pytest.mark.parametrize("first", [0, 2, 5, 8])
+def test_queries_anywhere_among_the_keys(rows, implementation, first):
+    """A cache with room behind what it holds; the place as a number or, as a cache keeps it, a tensor."""
+    q, k, v = rows.qkv(3, dtype_of(implementation))
+    real = rows.facts[0][:, first : first + 3]
+    expected = truth(q, k, v, rows, first)
+    for place in (first, torch.tensor(first)):
+        out = attend(q, k, v, rows.visibility(queries=3, first_query=place), implementation).transpose(1, 2)
+        assert_close(out[real], expected[real])
+
+
+def test_everything_but_padding_is_seen_by_any_number_of_queries(implementation):
+    """A face after its cached caption, and some of its rows alone."""
+    rows = Rows([(T2I, 3, 11, 0, 9), (T2I, 0, 14, 0, 9)])
+    q, k, v = rows.qkv(dtype=dtype_of(implementation))
+    expected = truth(q, k, v, rows)
+    face = Visibility.everything(rows.facts[0])
+    for queries in ([8, 9, 10, 11, 12, 13], [12, 9], [10]):
+        assert_close(attend(q[:, :, queries], k, v, face, implementation).transpose(1, 2), expected[:, queries])
+
+
+def test_a_mixed_batch_gives_what_its_rows_give_alone(implementation):
+    rows = BATCHES["mixed"]
+    q, k, v = rows.qkv(dtype=dtype_of(implementation))
+    together = attend(q, k, v, rows.visibility(), implementation)
+    for i, (task, before, tokens, _, image) in enumerate(rows.rows):
+        bare = Rows([(task, 0, tokens, 0, image - before if image >= 0 else -1)])
+        part = slice(before, before + tokens)
+        alone = attend(*(each[i : i + 1, :, part] for each in (q, k, v)), bare.visibility(), implementation)
+        assert_close(alone, together[i : i + 1, :, part])
+
+
+LONG = Rows([(T2I, 140, 160, 0, 200), (MMU, 0, 170, 130, 2), (MMU, 150, 150, 0, -1), (MMU, 0, 300, 0, 2)], 99)
+
+
+def test_lengths_of_several_blocks(implementation):
+    """Past FlexAttention's block of 128: blocks that nobody sees, blocks that are seen whole."""
+    q, k, v = LONG.qkv(dtype=dtype_of(implementation))
+    real = LONG.facts[0]
+    out = attend(q, k, v, LONG.visibility(), implementation).transpose(1, 2)
+    assert_close(out[real], truth(q, k, v, LONG)[real])
+
+
+@pytest.mark.slow
+def test_flex_attention_walks_the_blocks_that_it_is_told_of(monkeypatch):
+    """Compiled it reads the lists of blocks, uncompiled only the rule: they must say the same."""
+    compiled = torch.compile(flex_attention.flex_attention)
+    monkeypatch.setattr("unif2ace.model.attention._flex_attention", lambda on_cuda: compiled)
+    q, k, v = LONG.qkv(dtype=torch.float32)
+    real, visibility = LONG.facts[0], LONG.visibility()
+    blocks = visibility.block_mask(300)
+    assert not blocks.to_dense().all() and blocks.full_kv_num_blocks.any()
+    given, expected = (attend(q, k, v, visibility, each).transpose(1, 2)[real] for each in ("flex_attention", "sdpa"))
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- made once, on the device
+
+
+def test_layers_share_what_is_made_once_and_no_later_edit_reaches_it(implementation):
+    rows = BATCHES["mixed"]
+    facts = rows.facts
+    q, k, v = rows.qkv(dtype=dtype_of(implementation))
+    fresh = attend(q, k, v, rows.visibility(), implementation)
+    visibility = Visibility(*facts)
+    for each in facts[:3]:
+        each.zero_()  # a caller's tensors, used again for the next step
+    assert torch.equal(attend(q, k, v, visibility, implementation), fresh)
+    made = dict(visibility._made)
+    assert torch.equal(attend(q, k, v, visibility, implementation), fresh)
+    assert len(made) == 1 and all(visibility._made[name] is each for name, each in made.items())
+
+
+def test_nothing_is_read_on_the_host():
+    """On the meta device there are no values to be read: whatever asks for one fails."""
+    facts = [each.to("meta") for each in BATCHES["mixed"].facts[:3]]
+    for visibility in (
+        Visibility(*facts, N),
+        Visibility(*facts, N, queries=2, first_query=torch.tensor(3, device="meta")),
+        Visibility.everything(facts[0]),
+    ):
+        queries = visibility.queries or 5
+        assert visibility.mask(queries).is_meta
+        assert all(each.cu_keys.is_meta for each in visibility.varlen_calls(queries))
+        assert visibility.block_mask(queries).kv_num_blocks.is_meta
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    "mask,task,start,options,told",
+    [
+        ([3], [3], [3], {}, r"attention_mask: expected \[B, L\], got \[3\]"),
+        ([2, 5], [3], [2], {}, r"task: expected \[2\], one value a row, got \[3\]"),
+        ([2, 5], [2], [2, 1], {}, r"image_start: expected \[2\], one value a row, got \[2, 1\]"),
+        ([2, 5], [2], [2], {"queries": 6}, "queries: expected 1 to 5, the number of keys, got 6"),
+        ([2, 5], [2], [2], {"queries": 0}, "queries: expected 1 to 5, the number of keys, got 0"),
+    ],
+)
+def test_facts_that_do_not_go_together(mask, task, start, options, told):
+    with pytest.raises(ValueError, match=told):
+        Visibility(torch.ones(mask, dtype=torch.bool), torch.zeros(task), torch.zeros(start), N, **options)
+
+
+def test_queries_that_are_not_those_it_was_made_of():
+    rows = BATCHES["t2i"]
+    with pytest.raises(ValueError, match="this visibility is of 2, got 14"):
+        attend(*rows.qkv(), rows.visibility(queries=2))
+
+
+def test_an_implementation_that_is_none():
+    with pytest.raises(ValueError, match="expected one of sdpa, flex_attention, flash_attention_2, got 'eager'"):
+        attend(*BATCHES["t2i"].qkv(), BATCHES["t2i"].visibility(), "eager")
+
+
+def test_flash_attn_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    rows = BATCHES["t2i"]
+    with pytest.raises(UserError, match="needs the package flash-attn.*install it, or use sdpa or flex_attention"):
+        attend(*rows.qkv(dtype=torch.bfloat16), rows.visibility(), "flash_attention_2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flash_attn_in_single_or_double_precision(dtype):
+    rows = BATCHES["t2i"]
+    with pytest.raises(ValueError, match=f"expected float16 or bfloat16 for flash_attention_2, got {dtype}"):
+        attend(*rows.qkv(dtype=dtype), rows.visibility(), "flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    "valid,image_start",
+    [([1, 1, 0, 1, 1, 1, 1, 1, 1, 1], 4), ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1], 2)],
+    ids=["padding among tokens", "text after a t2i image"],
+)
+def test_rows_that_flash_attn_cannot_be_told_of(valid, image_start):
+    """Two runs a row are all it takes; the other kernels take such rows."""
+    visibility = Visibility(torch.tensor([valid]).bool(), torch.tensor([T2I]), torch.tensor([image_start]), N)
+    with pytest.raises(RuntimeError, match="padding only before and after a row's tokens, no text after a face"):
+        visibility.varlen_calls(10)
+    assert visibility.mask(10).shape == (1, 1, 10, 10)
+
+
+# ----------------------------------------------------------------------------------------------------------- positions
+
+
+def test_padding_counts_in_a_t2i_row_alone():
+    rows = Rows([(T2I, 3, 4, 0, -1), (T2I, 0, 7, 0, -1), (MMU, 3, 4, 0, -1), (MMU, 0, 5, 2, -1)])
+    assert positions(*rows.facts[:2]).tolist() == [
+        [0, 1, 2, 3, 4, 5, 6],
+        [0, 1, 2, 3, 4, 5, 6],
+        [0, 0, 0, 0, 1, 2, 3],
+        [0, 1, 2, 3, 4, 4, 4],
+    ]
+
+
+def test_the_rotary_table_turns_a_pair_of_channels_by_its_angle():
+    ids = torch.tensor([[0, 3], [7, 100]])
+    cos, sin = rotary_table(ids, 6, base=50.0)
+    x = torch.randn(2, 2, 2, 8, dtype=torch.float64)
+    out = rotate(x, (cos, sin))
+    for b, h, i in ((b, h, i) for b in range(2) for h in range(2) for i in range(2)):
+        for pair in range(3):
+            turn = complex(math.cos(a := ids[b, i].item() * 50.0 ** (-2 * pair / 6)), math.sin(a))
+            z = complex(x[b, h, i, pair], x[b, h, i, pair + 3]) * turn
+            assert complex(out[b, h, i, pair], out[b, h, i, pair + 3]) == pytest.approx(z, abs=1e-5)
+    assert torch.equal(out[..., 6:], x[..., 6:])
+    shared = rotary_table(ids[1], 6, base=50.0)
+    assert torch.equal(rotate(x, shared)[1], out[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- the module
+
+
 @pytest.fixture
-def flash(monkeypatch):
-    """flash-attn as if it were installed, float64 included."""
-    double = types.ModuleType("flash_attn")
-    double.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", double)
+def layer() -> Attention:
+    layer = Attention(32, 2).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "flash_attention_2"])
-def test_every_query_sees_what_the_layouts_say(rows, implementation, flash):
-    dtype = torch.bfloat16 if implementation == "flash_attention_2" else torch.float64
-    q, k, v = qkv(rows, dtype=dtype)
-    out = attend(q, k, v, rows.visibility(), implementation)
-    assert out.dtype == dtype and out.isfinite().all()
-    mine = real_queries(rows)
-    expected = truth(q, k, v, rows).to(dtype)
-    torch.testing.assert_close(out.transpose(1, 2)[mine], expected.transpose(1, 2)[mine], rtol=1e-12, atol=1e-12)
+def table_of(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotary_table(positions(*rows.facts[:2]), 8)
+
+
+@torch.no_grad()
+def test_rows_padded_on_the_left_give_what_they_give_alone(layer):
+    rows = BATCHES["mmu, pads before"]
+    x = torch.randn(len(rows.rows), rows.length, 32, dtype=torch.float64)
+    together = layer(x, rows.visibility(), table_of(rows))
+    for i, (task, before, tokens, _, image) in enumerate(rows.rows):
+        bare = Rows([(task, 0, tokens, 0, image - before)])
+        assert_close(layer(x[i : i + 1, before:], bare.visibility(), table_of(bare)), together[i : i + 1, before:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_token_by_token_from_a_cache(layer, kind):
+    """Prompts of unequal length with their images, then some tokens: a cache that grows, one with all its room."""
+    rows = Rows([(MMU, 0, 14, 0, 2), (MMU, 3, 11, 0, 5), (MMU, 5, 9, 0, -1)])
+    valid, task, image, _ = rows.facts
+    cos, sin = table_of(rows)
+    x = torch.randn(len(rows.rows), rows.length, 32, dtype=torch.float64)
+    want = layer(x, rows.visibility(), (cos, sin))
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(PretrainedConfig(num_hidden_layers=1), 20)
+    for a, b in ((0, 10), (10, 11), (11, 13), (13, 14)):
+        room = b if kind == "dynamic" else 20
+        held = torch.nn.functional.pad(valid[:, :b], (0, room - b))
+        first = None if kind == "dynamic" else torch.as_tensor(cache.get_seq_length())
+        seen = Visibility(held, task, image, N, queries=b - a, first_query=first)
+        got = layer(x[:, a:b], seen, (cos[:, a:b], sin[:, a:b]), past_key_values=cache)
+        assert_close(got[valid[:, a:b]], want[:, a:b][valid[:, a:b]])
+
+
+@torch.no_grad()
+def test_a_prefix_that_is_kept_and_some_rows_alone(layer):
+    """Two captions, one image: what comes before is written once, and only the wanted rows attend."""
+    rows = Rows([(T2I, 3, 11, 0, 9), (T2I, 0, 14, 0, 9)])
+    table = table_of(rows)
+    x = torch.randn(2, rows.length, 32, dtype=torch.float64)
+    x[1, 8:] = x[0, 8:]
+    want = layer(x, rows.visibility(), table)
+    held = tuple(torch.nn.functional.pad(each[:, :, :8], (0, 0, 0, 6)) for each in layer.key_value(x, table))
+    image = tuple(each[0, 8:] for each in table)
+    seen = Visibility.everything(rows.facts[0])
+    assert_close(layer(x[:1, 8:], seen, image, prefix=held), want[:, 8:])
+    some = torch.tensor([[4, 1], [0, 2]])
+    got = layer(x[:1, 8:], seen, image, prefix=held, rows=some)
+    assert_close(got, want[:, 8:].gather(1, some[:, :, None].expand(-1, -1, 32)))

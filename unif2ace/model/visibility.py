@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from unif2ace.configs import MMU, T2I
 
 
-class Pieces(NamedTuple):
+class VarlenCall(NamedTuple):
     """One call of a kernel over sequences of unequal length: in each row one run of queries that sees one run of keys.
 
     The rows lie one after another, [B * Lq] queries and [B * Lk] keys, and nothing is gathered: each row is five
@@ -80,7 +80,9 @@ class Visibility:
         device = attention_mask.device
         self.attention_mask = attention_mask.to(torch.bool, copy=True)
         self.queries: int | None = queries
-        self._first = torch.as_tensor(keys - queries if first_query is None else first_query, device=device).clone()
+        first = keys - queries if first_query is None else first_query
+        # Filled on the device: a tensor made of a number on the host would be waited for.
+        self._first = first.clone() if isinstance(first, Tensor) else torch.full((), first, device=device)
         paints, has_image = task == T2I, image_start >= 0
         soi, eoi = image_start - 1, image_start + image_tokens
         # [B] each: queries in [full_from, full_to) see everything, and keys before prefix_to are seen by every query.
@@ -98,36 +100,33 @@ class Visibility:
         self.queries = None
         return self
 
-    @property
-    def rule(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Whether in row b the query q sees the key k: a function of index tensors that broadcast, q from 0."""
+    def _rule(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Whether in row b the query q (from 0) sees the key k, of index tensors that broadcast."""
         valid, first = self.attention_mask, self._first
         full_from, full_to, prefix_to = self._full_from, self._full_to, self._prefix_to
-        if self.queries is None:
-            return lambda b, q, k: valid[b, k] | (q < 0)
 
         def sees(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
             q = q + first
             full = (q >= full_from[b]) & (q < full_to[b])
             return (valid[b, k] & ((k <= q) | (k < prefix_to[b]) | full)) | (k == q)
 
-        return sees
+        return (lambda b, q, k: valid[b, k]) if self.queries is None else sees
 
     def mask(self, queries: int) -> Tensor:
-        """For `scaled_dot_product_attention`: [B, 1, Lq, Lk] bool, True where the query sees the key."""
+        """For `scaled_dot_product_attention`: [B, 1, Lq or 1, Lk] bool, True where the query sees the key."""
         return self._once("mask", queries, self._mask)
 
     def block_mask(self, queries: int) -> BlockMask:
         """For `flex_attention`, the same for all heads."""
         return self._once("block_mask", queries, self._block_mask)
 
-    def pieces(self, queries: int) -> list[Pieces]:
+    def varlen_calls(self, queries: int) -> list[VarlenCall]:
         """For flash-attn: the calls of `flash_attn_varlen_func` that each query is in exactly one of.
 
         It takes padding at the ends of a row only and no text after a t2i row's image; whether this holds is
         asserted on the device, without waiting for it.
         """
-        return self._once("pieces", queries, self._pieces)
+        return self._once("varlen_calls", queries, self._varlen_calls)
 
     def _once(self, name: str, queries: int, make: Callable[[int], Any]) -> Any:
         if queries != (self.queries or queries):
@@ -137,22 +136,16 @@ class Visibility:
         return self._made[name, queries]
 
     def _mask(self, queries: int) -> Tensor:
-        if self.queries is None:
-            return self.attention_mask[:, None, None]
-        b, q, k = (
-            torch.arange(n, device=self.attention_mask.device)
-            for n in (*self.attention_mask.shape[:1], queries, self.attention_mask.shape[1])
-        )
-        return self.rule(b[:, None, None], q[:, None], k)[:, None]
+        device, (rows, keys) = self.attention_mask.device, self.attention_mask.shape
+        b, q, k = (torch.arange(length, device=device) for length in (rows, queries, keys))
+        return self._rule()(b[:, None, None], q[:, None], k)[:, None]
 
     def _block_mask(self, queries: int) -> BlockMask:
-        rows, keys = self.attention_mask.shape
-        rule = self.rule
-        return create_block_mask(
-            lambda b, h, q, k: rule(b, q, k), rows, None, queries, keys, device=str(self.attention_mask.device)
-        )
+        (rows, keys), rule = self.attention_mask.shape, self._rule()
+        device = str(self.attention_mask.device)
+        return create_block_mask(lambda b, h, q, k: rule(b, q, k), rows, None, queries, keys, device)
 
-    def _pieces(self, queries: int) -> list[Pieces]:
+    def _varlen_calls(self, queries: int) -> list[VarlenCall]:
         valid = self.attention_mask
         keys = valid.shape[1]
         count = valid.sum(1)
@@ -163,7 +156,7 @@ class Visibility:
         if self.queries is None:
             torch._assert_async(contiguous, "flash-attn: padding only before and after a row's tokens")
             zero = torch.zeros_like(begin)
-            return [self._piece(zero, zero + queries, begin, end, queries, causal=False)]
+            return [self._call(zero, zero + queries, begin, end, queries, causal=False)]
         paints = self._full_to > 0
         whole = contiguous & (~paints | (end <= self._full_to)).all()
         torch._assert_async(whole, "flash-attn: padding only before and after a row's tokens, no text after a face")
@@ -171,17 +164,17 @@ class Visibility:
 
         def window(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             """Those of the positions [a, b) that are tokens and attend."""
-            a = a.maximum(begin).maximum(first)
+            a = a.maximum(begin).maximum(first).minimum(stop)
             return a, b.minimum(end).minimum(stop).maximum(a)
 
         a, b = window(torch.where(paints, self._full_from, 0), torch.where(paints, self._full_to, self._prefix_to))
         seen = torch.where(paints, end, self._prefix_to.minimum(end)).maximum(begin)
-        full = self._piece(a - first, b - first, begin, seen, queries, causal=False)
+        full = self._call(a - first, b - first, begin, seen, queries, causal=False)
         a, b = window(self._prefix_to, torch.where(paints, self._full_from, end))
-        causal = self._piece(a - first, b - first, begin, torch.where(b > a, b, begin), queries, causal=True)
+        causal = self._call(a - first, b - first, begin, torch.where(b > a, b, begin), queries, causal=True)
         return [full, causal]
 
-    def _piece(self, qa: Tensor, qb: Tensor, ka: Tensor, kb: Tensor, queries: int, causal: bool) -> Pieces:
+    def _call(self, qa: Tensor, qb: Tensor, ka: Tensor, kb: Tensor, queries: int, causal: bool) -> VarlenCall:
         rows, keys = self.attention_mask.shape
         row = torch.arange(rows, device=qa.device)
 
@@ -190,7 +183,7 @@ class Visibility:
             return torch.nn.functional.pad(each, (1, 0)).int()
 
         position = torch.arange(queries, device=qa.device)
-        return Pieces(
+        return VarlenCall(
             cumulated([qa, qa, qb, queries, queries], queries),
             cumulated([0, ka, kb, kb, keys], keys),
             causal,
