@@ -318,6 +318,13 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
+// Whether [E, M, N] lies as [E, N, M] does, as the layers of torch and transformers keep their weights. Its gradient is
+// made in the same layout: autograd would copy another.
+bool is_flipped(const Tensor& w) { return !w.is_contiguous() && torch::stable::transpose(w, 1, 2).is_contiguous(); }
+Tensor empty_like(const Tensor& w, bool flipped) {
+  return torch::stable::new_empty(w, {w.size(0), w.size(flipped ? 2 : 1), w.size(flipped ? 1 : 2)});
+}
+
 // Calls run(pointer to the data of `weight`), float or double.
 template <class Run>
 void with_weight(const Tensor& weight, const Run& run) {
@@ -374,8 +381,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
   STD_TORCH_CHECK(h.size(0) == order.numel() && h.size(1) == w_in.size(2), "h: expected the rows' pre-activations");
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor grad_weight = torch::stable::new_empty(weight, {weight.size(0), weight.size(1)});
-  Tensor grad_w_in = torch::stable::new_empty(w_in, {experts, w_in.size(1), w_in.size(2)});
-  Tensor grad_w_out = torch::stable::new_empty(w_out, {experts, w_out.size(1), w_out.size(2)});
+  const bool flips_in = is_flipped(w_in), flips_out = is_flipped(w_out);
+  Tensor grad_w_in = empty_like(w_in, flips_in), grad_w_out = empty_like(w_out, flips_out);
   Tensor grad_b_in = torch::stable::new_empty(w_in, {has_b_in ? experts : 0, w_in.size(2)});
   Tensor grad_b_out = torch::stable::new_empty(w_out, {b_out ? experts : 0, w_out.size(2)});
   dispatch(x.scalar_type(), "x", [&](auto* of) {
@@ -387,6 +394,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
       return static_cast<T*>(tensor.mutable_data_ptr()) + e * size;
     };
     const int64_t weights = at.hidden * at.width_in, weights_out = at.width * at.hidden;
+    // to [m, n] = a^T b, or its transpose.
+    const auto outer = [&](bool flipped, T* to, const Matrix& a, int64_t m, const Matrix& b, int64_t n) {
+      if (flipped)
+        at.matrix(to, n, m).be_product(b.transposed(), a);
+      else
+        at.matrix(to, m, n).be_product(a.transposed(), b);
+    };
     Scratch<T> grad_x_scratch;
     T* const grad_x_rows = grad_x_scratch.of(at.padded.back() * at.hidden);
     std::vector<Real> weight_rows(at.rows), grad_weight_rows(at.rows);
@@ -420,9 +434,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
       at.matrix(grad_a, m, at.width).be_product(grad_y_matrix, at.w_out(e).transposed());
       activate_backward(at, act, e, grad_a, input(h) + first * at.width_in, weight_rows.data() + first, scaled_a,
                         grad_h, grad_weight_rows.data() + first, sums, to_b_in);
-      at.matrix(to_w_out, at.width, at.hidden).be_product(scaled_a_matrix.transposed(), grad_y_matrix);
+      outer(flips_out, to_w_out, scaled_a_matrix, at.width, grad_y_matrix, at.hidden);
       gather(at, e, input(x), x_e);
-      at.matrix(to_w_in, at.hidden, at.width_in).be_product(x_matrix.transposed(), grad_h_matrix);
+      outer(flips_in, to_w_in, x_matrix, at.hidden, grad_h_matrix, at.width_in);
       at.matrix(grad_x_rows + at.padded[e] * at.hidden, m, at.hidden)
           .be_product(grad_h_matrix, at.w_in(e).transposed());
     });
@@ -433,6 +447,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
       at.combine(grad_x_rows, static_cast<const W*>(nullptr), nullptr, static_cast<T*>(grad_x.mutable_data_ptr()));
     });
   });
+  if (flips_in) grad_w_in = torch::stable::transpose(grad_w_in, 1, 2);
+  if (flips_out) grad_w_out = torch::stable::transpose(grad_w_out, 1, 2);
   return {grad_x, grad_weight, grad_w_in, grad_b_in, grad_w_out, grad_b_out};
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/torch_stable.h"
+#include "moe/order.h"
 #include "moe/route.h"
 #include "moe/route_cuda.h"
 #include "moe/tiles.h"
@@ -78,12 +79,6 @@ void read_floats(const Tensor& from, const char* name, std::vector<Real>& to) {
   });
 }
 
-// A function of each chunk: its first token and the one after its last.
-template <class Run>
-void for_chunks(int64_t tokens, const Run& run) {
-  torch::stable::parallel_for(0, (tokens + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) { run(begin, end); });
-}
-
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Real, class Logit>
@@ -105,9 +100,9 @@ Outputs route(const Tensor& logits, const std::vector<int64_t>& ids, const Route
   auto* const weights = static_cast<Real*>(weight.mutable_data_ptr());
   auto* const chosen = static_cast<int64_t*>(expert.mutable_data_ptr());
   const int64_t chunks = (tokens + kChunk - 1) / kChunk;
-  std::vector<int64_t> places(chunks * experts);  // slots of each expert in the chunk, then where the first of them goes
+  std::vector<int64_t> places(chunks * experts);  // slots of each expert in the chunk
   std::vector<Real> shares(chunks * routed), squares(chunks);
-  for_chunks(tokens, [&](int64_t begin, int64_t end) {
+  for_chunks_of(kChunk, tokens, [&](int64_t begin, int64_t end) {
     Tile<Real> tile(router);
     std::vector<Real> sums(routed * kLanes);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -144,25 +139,8 @@ Outputs route(const Tensor& logits, const std::vector<int64_t>& ids, const Route
   });
 
   auto* const count = static_cast<int64_t*>(counts.mutable_data_ptr());
-  auto* const offset = static_cast<int64_t*>(offsets.mutable_data_ptr());
-  std::fill(count, count + experts, int64_t{0});
-  for (int64_t i = 0; i < chunks * experts; ++i) count[i % experts] += places[i];
-  offset[0] = 0;
-  for (int64_t e = 0; e < experts; ++e) offset[e + 1] = offset[e] + count[e];
-  std::vector<int64_t> next(offset, offset + experts);
-  for (int64_t i = 0; i < chunks * experts; ++i) {
-    const int64_t in_chunk = places[i];
-    places[i] = next[i % experts];
-    next[i % experts] += in_chunk;
-  }
-  auto* const to = static_cast<int64_t*>(order.mutable_data_ptr());
-  for_chunks(tokens, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      int64_t* const place = places.data() + chunk * experts;
-      const int64_t last = std::min(tokens, (chunk + 1) * kChunk) * slots;
-      for (int64_t slot = chunk * kChunk * slots; slot < last; ++slot) to[place[chosen[slot]]++] = slot;
-    }
-  });
+  place_slots(chosen, tokens * slots, kChunk * slots, experts, places, count,
+              static_cast<int64_t*>(offsets.mutable_data_ptr()), static_cast<int64_t*>(order.mutable_data_ptr()));
 
   auto* const f = static_cast<Real*>(frequency.mutable_data_ptr());
   auto* const p = static_cast<Real*>(probability.mutable_data_ptr());
@@ -214,7 +192,7 @@ void route_backward(const Router<Real>& router, const Cotangent<Real>& given, co
                     const std::vector<int64_t>& ids, const int64_t* expert, Logit* to) {
   const auto* const from = static_cast<const Logit*>(logits.const_data_ptr());
   const int64_t tokens = logits.size(0), stride_t = logits.stride(0), stride_e = logits.stride(1);
-  for_chunks(tokens, [&](int64_t begin, int64_t end) {
+  for_chunks_of(kChunk, tokens, [&](int64_t begin, int64_t end) {
     Tile<Real> tile(router);
     for (int64_t t = begin * kChunk; t < std::min(tokens, end * kChunk); t += kLanes) {
       tile.tokens = std::min(kLanes, tokens - t);

@@ -3,9 +3,10 @@
 from itertools import accumulate
 
 import torch
+import triton
 from resources import AotCase
 
-from unif2ace_kernels.moe import configs, experts_triton, grouped_triton, mix_triton, route_triton
+from unif2ace_kernels.moe import arrange_triton, configs, experts_triton, grouped_triton, mix_triton, route_triton
 
 CASES: list[AotCase] = []
 
@@ -64,6 +65,30 @@ CASES += [
         lambda arch: ({"A": 66, "E": 64, "BLOCK": route_triton.SCAN_BLOCK}, {"num_warps": 8}),
     )
 ]
+
+
+def _arrange(kernel: str, A: int) -> AotCase:
+    """A kernel of arrange for A experts, as `arrange_triton` launches it."""
+    tile = arrange_triton.tiles(A)
+    options = {"num_warps": tile.pop("num_warps")}
+    if kernel == "count":
+        function, fixed = arrange_triton.count_kernel, {"A": A, **tile}
+        signature = {"p_expert": "*i64", "p_clamped": "*i32", "p_count": "*i32", "slots": "i32", "blocks": "i32"}
+    elif kernel == "scan":
+        function, options = route_triton.scan_kernel, {"num_warps": 8}
+        signature = {"p_count": "*i32", "p_counts": "*i64", "blocks": "i32"}
+        fixed = {"p_partial": None, "p_sums": None, "A": A, "E": 0, "BLOCK": route_triton.SCAN_BLOCK}
+    else:
+        function = route_triton.order_kernel
+        signature = {"p_expert": "*i32", "p_before": "*i32", "p_counts": "*i64", "p_order": "*i64", "p_offsets": "*i64"}
+        signature |= {"coefs": ("fp32",), "z_scale": "fp32", "tokens": "i32", "blocks": "i32"}
+        fixed = dict.fromkeys(("p_sums", "p_frequency", "p_probability", "p_balance", "p_z"))
+        fixed |= {"BOUNDS": (0, A), "K": 1, "S": 1, "A": A, "BALL": triton.next_power_of_2(A + 1), **tile}
+    options["aligned"] = tuple(name for name in signature if name.startswith("p_"))
+    return AotCase(f"arrange {kernel}, A {A}", function, signature, lambda arch: (fixed, options))
+
+
+CASES += [_arrange(kernel, A) for A in (8, 256) for kernel in ("count", "scan", "order")]
 
 
 _DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}

@@ -1,6 +1,6 @@
-"""Grouped mixture of experts: `route`, `experts`, `mix`, and the module `GroupedMoE`."""
+"""Grouped mixture of experts: `route` or `arrange`, `experts`, `mix`, and the module `GroupedMoE`."""
 
 from .modules import GroupedMoE
-from .ops import Routing, experts, mix, route
+from .ops import Routing, arrange, experts, mix, route
 
-__all__ = ["GroupedMoE", "Routing", "experts", "mix", "route"]
+__all__ = ["GroupedMoE", "Routing", "arrange", "experts", "mix", "route"]

@@ -39,6 +39,18 @@ def _gather(x: Tensor, tokens: Tensor, step: int) -> Tensor:
     return rows
 
 
+def is_flipped(weight: Tensor) -> bool:
+    """Whether [A, M, N] lies as [A, N, M] does, as the layers of torch and transformers keep their weights."""
+    return not weight.is_contiguous() and weight.transpose(1, 2).is_contiguous()
+
+
+def empty_gradient(weight: Tensor) -> Tensor:
+    """Memory for the gradient of `weight` [A, M, N] in its layout: autograd would copy another."""
+    if is_flipped(weight):
+        return weight.new_empty(weight.transpose(1, 2).shape).transpose(1, 2)
+    return weight.new_empty(weight.shape)
+
+
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
@@ -113,7 +125,7 @@ def backward(
     weight_rows = weight.flatten().index_select(0, order)
     grad_weight_rows = torch.empty_like(weight_rows)
     grad_x_rows = x.new_empty(len(order) + step, x.shape[1])
-    grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    grad_w_in, grad_w_out = empty_gradient(w_in), empty_gradient(w_out)
     grad_b_in = w_in.new_empty(len(w_in) if has_b_in else 0, w_in.shape[2])
     grad_b_out = w_out.new_empty(0 if b_out is None else len(w_out), x.shape[1])
     for e, (start, stop) in enumerate(pairwise(bounds)):

@@ -34,6 +34,7 @@ from .._triton import float32_precision
 from .activation_torch import GATED
 from .activation_triton import activate, activate_with_slopes
 from .configs import OUTER, ROWS, UP, UP_BACKWARD, UP_BACKWARD_GATED, UP_GATED, Launch, choose
+from .experts_torch import is_flipped
 from .grouped_triton import (
     combine_kernel,
     halves,
@@ -332,7 +333,9 @@ def _rows_times_weight(
 def _outer(
     a: Tensor, b: Tensor, gather_a: bool, order: Tensor, offsets: Tensor, slots: int, like: Tensor, choose: Choose
 ) -> Tensor:
-    """[A, M, N], the shape of `like`: a^T b over each expert's rows; a, or else b, has a row for each token."""
+    """[A, M, N], shape and layout of `like`: a^T b over each expert's rows; a, or else b, has a row for each token."""
+    if is_flipped(like):
+        return _outer(b, a, not gather_a, order, offsets, slots, like.transpose(1, 2), choose).transpose(1, 2)
     (experts, m, n), rows = like.shape, len(order)
     out = like.new_empty(like.shape)
     if out.numel():

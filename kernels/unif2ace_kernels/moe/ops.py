@@ -1,11 +1,11 @@
-"""The public ops of the room: `route`, `experts`, `mix`. Schema, implementations, fake, autograd, public function each.
+"""The public ops of the room, `route`, `arrange`, `experts`, `mix`: schema, implementations, fake, autograd, function.
 
 Each is a coarse forward op and a coarse backward op, so autograd, torch.compile and CUDA graphs see two calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from .._checks import expect, expect_choice, expect_tensor
 from .._library import KERNEL_DTYPES, Implementation, compiled, register
 from .._triton import triton_implementation
-from . import activation_torch, experts_torch, mix_torch, route_torch
+from . import activation_torch, arrange_torch, experts_torch, mix_torch, route_torch
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _torch(function) -> tuple[Implementation, ...]:
@@ -100,17 +101,17 @@ def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency,
     return grad_logits, *[None] * 9
 
 
-def _with_value_errors(native: Implementation) -> Implementation:
-    """`native`, which can raise no ValueError, with the torch path's for group ids that are out of range."""
+def _with_value_errors(native: Implementation, check: Callable) -> Implementation:
+    """`native`, which can raise no ValueError, with that of `check`, the torch path's, for values out of range."""
     function = native.function
     if function is None:
         return native
 
-    def forward(logits, group_ids, group_sizes, *options):
+    def forward(*arguments):
         try:
-            return function(logits, group_ids, group_sizes, *options)
+            return function(*arguments)
         except RuntimeError:
-            route_torch.check_group_ids(group_ids, len(group_sizes))
+            check(*arguments)
             raise
 
     return replace(native, function=forward)
@@ -137,7 +138,10 @@ _route = register(
         # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
         triton_implementation("unif2ace_kernels.moe.route_triton", "forward"),
         replace(compiled("moe_route", "cuda"), dtypes=KERNEL_DTYPES),
-        _with_value_errors(compiled("moe_route", "cpu")),
+        _with_value_errors(
+            compiled("moe_route", "cpu"),
+            lambda logits, group_ids, group_sizes, *_: route_torch.check_group_ids(group_ids, len(group_sizes)),
+        ),
         *_torch(route_torch.forward),
     ],
     fake=_route_fake,
@@ -189,8 +193,7 @@ def route(
     sizes = tuple(group_sizes)
     expect(len(sizes) > 0 and min(sizes) > 0, "group_sizes", "a positive size for each group", sizes)
     expect_tensor(logits, "logits", shape=["T", sum(sizes)], dtypes=_FLOATS)
-    expect_tensor(group_ids, "group_ids", shape=[logits.shape[0]], dtypes=(torch.int64, torch.int32, torch.int16,
-                  torch.int8, torch.uint8), device_of=("logits", logits))  # fmt: skip
+    expect_tensor(group_ids, "group_ids", shape=[logits.shape[0]], dtypes=_INTS, device_of=("logits", logits))
     expect(1 <= top_k <= min(sizes), "top_k", f"1 <= top_k <= {min(sizes)}, the smallest group", top_k)
     expect(shared >= 0, "shared", "shared >= 0", shared)
     coefs = [float(balance_coef)] * len(sizes) if isinstance(balance_coef, (int, float)) else list(balance_coef)
@@ -202,6 +205,51 @@ def route(
         )
         selection_bias = selection_bias.detach()
     return Routing(*_route(logits, group_ids, sizes, top_k, shared, coefs, normalize, scoring, selection_bias, z_coef))
+
+
+# -------------------------------------------------------------------------------------------------------- arrange
+
+
+_arrange = register(
+    "moe_arrange(Tensor expert, int experts) -> (Tensor, Tensor, Tensor)",
+    implementations=[
+        triton_implementation("unif2ace_kernels.moe.arrange_triton", "forward"),
+        _with_value_errors(compiled("moe_arrange", "cpu"), arrange_torch.check_range),
+        *_torch(arrange_torch.forward),
+    ],
+    fake=lambda expert, experts: tuple(expert.new_empty(size) for size in (experts, experts + 1, expert.numel())),
+)
+
+
+def arrange(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
+    """The `Routing` of a choice that another router made, as `experts` takes it.
+
+    Nothing is read from the device. A token may have an expert twice, and weights need not sum to 1.
+
+    Args:
+        expert: [T, K] int, the experts of each token, 0 <= expert < num_experts. Checked on the CPU; on CUDA, where
+            looking costs a synchronisation, one out of range is taken as the nearest that there is.
+        weight: [T, K] float; gradients of `experts` flow back to it.
+        num_experts: E.
+
+    Returns:
+        `Routing` with E experts and no shared ones. Its probability, balance_loss and z_loss are 0: the router that
+        chose has its own.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    expect_tensor(expert, "expert", shape=["T", "K"], dtypes=_INTS)
+    expect_tensor(weight, "weight", shape=list(expert.shape), dtypes=_FLOATS, device_of=("expert", expert))
+    expect(num_experts >= 1, "num_experts", "at least 1", num_experts)
+    expert = expert.long()
+    counts, offsets, order = _arrange(expert, num_experts)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    frequency = counts * (num_experts / max(expert.numel(), 1))
+    zero = weight.new_zeros(())
+    return Routing(
+        weight, expert, counts, offsets, order, frequency.to(weight.dtype), zero.expand(num_experts), zero, zero
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- experts
@@ -227,8 +275,8 @@ def _experts_autograd(ctx, grad_y, _grad_h):
 def _experts_backward_fake(grad_y, x, h, weight, order, offsets, w_in, w_out, b_out, has_b_in, activation):
     b_in = w_in.new_empty(w_in.shape[0] if has_b_in else 0, w_in.shape[2])
     b_out = w_out.new_empty(0 if b_out is None else w_out.shape[0], w_out.shape[2])
-    return (x.new_empty(x.shape), weight.new_empty(weight.shape), w_in.new_empty(w_in.shape), b_in,
-            w_out.new_empty(w_out.shape), b_out)  # fmt: skip
+    grad_w_in, grad_w_out = experts_torch.empty_gradient(w_in), experts_torch.empty_gradient(w_out)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_w_in, b_in, grad_w_out, b_out
 
 
 _experts_backward = register(
@@ -275,9 +323,10 @@ def experts(
 
     Args:
         x: [T, D] float.
-        routing: of the T tokens, from `route`; its weight is differentiable here.
+        routing: of the T tokens, from `route` or `arrange`; its weight is differentiable here.
         w_in: [E, D, F], or [E, D, 2F] for "swiglu" and "geglu": the gate in the first F columns, the value after it.
-            E counts routed and shared experts, len(routing.counts).
+            E counts routed and shared experts, len(routing.counts). Any strides: of weights [E, F, D] give the
+            transposed view.
         b_in: [E, F or 2F] or None.
         w_out: [E, F, D].
         b_out: [E, D] or None.

@@ -65,6 +65,14 @@ def route(
     return {"expert": expert, "weight": weight, **statistics}
 
 
+def arrange(expert: Tensor, num_experts: int) -> tuple[list[int], list[int], list[int]]:
+    """counts, offsets and order: the numbers t K + k of the slots of expert 0, then those of expert 1, ..."""
+    slots = expert.flatten().tolist()
+    of_expert = [[i for i, e in enumerate(slots) if e == each] for each in range(num_experts)]
+    counts = [len(each) for each in of_expert]
+    return counts, [sum(counts[:e]) for e in range(num_experts + 1)], sum(of_expert, [])
+
+
 def experts(
     x: Tensor,
     expert: Tensor,

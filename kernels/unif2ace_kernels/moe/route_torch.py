@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import arrange_torch
+
 # DeepSeek-V3's guard of the normalisation: sigmoid scores may all underflow, softmax ones never do.
 _TINY = 1e-20
 
@@ -98,9 +100,7 @@ def forward(
         always = routed + shared * group_ids[:, None] + torch.arange(shared, device=logits.device)
         expert = torch.cat([expert, always], 1)
         weight = torch.cat([weight, weight.new_ones(tokens, shared)], 1)
-    counts = torch.bincount(expert.flatten(), minlength=routed + shared * groups)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    order = expert.flatten().sort(stable=True).indices
+    counts, offsets, order = arrange_torch.forward(expert, routed + shared * groups)
 
     tokens_of_group = _tokens_of_group(counts, group_sizes, top_k)
     share = score if scoring == "softmax" else score / (score.sum(-1, keepdim=True) + _TINY)

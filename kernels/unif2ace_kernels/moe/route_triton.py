@@ -146,7 +146,7 @@ def choose_kernel(
 @triton.jit
 def scan_kernel(p_count, p_partial, p_counts, p_sums, blocks, A: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
     """Row program_id(0) of p_count [A, blocks] becomes its running sum from 0, in place, and its total counts [A];
-    the rows of p_partial [E + 1, blocks] are summed to p_sums [E + 1]."""
+    the rows of p_partial [E + 1, blocks], unless it is None, are summed to p_sums [E + 1]."""
     i_row = tl.program_id(0).to(tl.int64)
     if i_row < A:
         before = tl.zeros([], tl.int32)
@@ -158,24 +158,24 @@ def scan_kernel(p_count, p_partial, p_counts, p_sums, blocks, A: tl.constexpr, E
             tl.store(p_row, before + tl.cumsum(b_count, 0) - b_count, mask=o_block < blocks)
             before += tl.sum(b_count, 0)
         tl.store(p_counts + i_row, before.to(tl.int64))
-    if i_row <= E:
-        b_sum = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, blocks, BLOCK):
-            o_block = start + tl.arange(0, BLOCK)
-            b_sum += tl.load(p_partial + i_row * blocks + o_block, mask=o_block < blocks, other=0.0)
-        tl.store(p_sums + i_row, tl.sum(b_sum, 0))
+    if p_partial is not None:
+        if i_row <= E:
+            b_sum = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, blocks, BLOCK):
+                o_block = start + tl.arange(0, BLOCK)
+                b_sum += tl.load(p_partial + i_row * blocks + o_block, mask=o_block < blocks, other=0.0)
+            tl.store(p_sums + i_row, tl.sum(b_sum, 0))
 
 
 @triton.jit
 def finish(
-    b_counts, p_sums, p_offsets, p_frequency, p_probability, p_balance, p_z, coefs, z_scale, BOUNDS: tl.constexpr,
+    b_counts, p_sums, p_frequency, p_probability, p_balance, p_z, coefs, z_scale, BOUNDS: tl.constexpr,
     K: tl.constexpr, A: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
-    """Offsets, f, P and the losses from counts [BA] (0 beyond the A of them) and the sums of the scores."""
+    """f, P and the losses from counts [BA] (0 beyond the A of them) and the sums of the scores."""
     G: tl.constexpr = len(BOUNDS) - 1
     E: tl.constexpr = BOUNDS[G]
     o_a = tl.arange(0, BA)
-    tl.store(p_offsets + o_a, tl.cumsum(b_counts, 0) - b_counts, mask=o_a <= A)
     b_tokens, b_size, b_coef = tl.full([BA], 1, tl.int64), tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
     for g in tl.static_range(G):
         m_g = (o_a >= BOUNDS[g]) & (o_a < BOUNDS[g + 1])
@@ -200,6 +200,8 @@ def order_kernel(
 ):  # fmt: skip
     """p_before [A, blocks]: an expert's slots in the blocks before; grid (blocks + 1, cdiv(A, BA)); BALL > A.
 
+    Without p_sums there are no statistics to finish.
+
     A slot's place is offsets[e] + its expert's slots in the blocks before + those of the block's tokens before its own:
     a token has an expert once.
     """
@@ -209,10 +211,11 @@ def order_kernel(
     b_counts = tl.load(p_counts + o_all, mask=o_all < A, other=0)
     if i_block == blocks:
         if i_start == 0:
-            finish(
-                b_counts, p_sums, p_offsets, p_frequency, p_probability, p_balance, p_z, coefs, z_scale, BOUNDS, K, A,
-                BALL,
-            )  # fmt: skip
+            tl.store(p_offsets + o_all, tl.cumsum(b_counts, 0) - b_counts, mask=o_all <= A)
+            if p_sums is not None:
+                finish(
+                    b_counts, p_sums, p_frequency, p_probability, p_balance, p_z, coefs, z_scale, BOUNDS, K, A, BALL
+                )  # fmt: skip
     else:
         o_t = i_block * BT + tl.arange(0, BT)
         o_a = i_start + tl.arange(0, BA)
