@@ -214,9 +214,14 @@ EXTRAS = {
         "tokenizers",
         "safetensors",
     ],
+    # antelopev2 and arcface-mbf; their runtime="insightface" is `pip install --no-deps insightface` beside it
+    "faces": ["numpy", "opencv-python-headless", "onnxruntime", "onnx", "scikit-image"],
+    "clip": ["open_clip_torch"],
     "dev": [
         "pytest",
         "pytest-xdist",
+        "onnx",
+        "onnxruntime",
         "hypothesis",
         "ruff",
         "mypy",

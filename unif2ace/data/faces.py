@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from unif2ace.data._packages import package_file
 from unif2ace.errors import UserError
+from unif2ace.packages import package_file
 
 if TYPE_CHECKING:
     import openvino

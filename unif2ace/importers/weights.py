@@ -21,21 +21,27 @@ class Weights:
 
     Attributes:
         path: what the user named.
+        files: that hold the tensors.
         shapes: of every tensor by its name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, allow_pickle: bool = False) -> None:
         """Open a file, a folder with one model in it, or the index of a sharded one.
 
+        Args:
+            allow_pickle: open torch's own files, which are pickles, too. Only tensors are taken from them, by torch's
+                restricted reader; in a folder, safetensors come first.
+
         Raises:
-            UserError: there is nothing to read, a file is damaged, a shard is missing or not the index's.
+            UserError: there is nothing to read, a file is damaged, a shard is missing or not the index's, or it is a
+                pickle and those are not allowed.
         """
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._read: dict[str, Callable[[], torch.Tensor]] = {}
-        files, index = _files(self.path)
+        self.files, index = _files(self.path, allow_pickle)
         holder: dict[str, Path] = {}
-        for file in files:
+        for file in self.files:
             for name, (shape, read) in _open(file).items():
                 if name in holder:
                     raise UserError(f"{self.path}: {name} is both in {holder[name].name} and in {file.name}")
@@ -118,7 +124,7 @@ class Weights:
         return unplaced
 
 
-def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
+def _files(path: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, Path]]:
     """The files that hold the model at `path`, and for each name the file that an index names."""
     if path.is_dir():
         for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin"):
@@ -126,18 +132,25 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
             if len(found) > 1:
                 raise UserError(f"{path} holds {', '.join(each.name for each in found[:SHOWN])}: name one of them")
             if found:
-                return _files(found[0])
+                return _files(found[0], allow_pickle)
         raise UserError(f"{path} holds no weights: expected a .safetensors or .bin file, or the index of shards")
     if not path.exists():
         raise UserError(f"there is nothing at {path}: name a file of weights, or the folder that it is in")
     if path.suffix != ".json":
-        return [path], {}
-    content = read_json(path)
-    placed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(placed, dict) or not placed:
-        raise UserError(f"{path} is no index of shards: it has no weight_map")
-    index = {name: path.parent / Path(str(file)).name for name, file in placed.items()}
-    files = sorted(set(index.values()))
+        files, index = [path], {}
+    else:
+        content = read_json(path)
+        placed = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(placed, dict) or not placed:
+            raise UserError(f"{path} is no index of shards: it has no weight_map")
+        index = {name: path.parent / Path(str(file)).name for name, file in placed.items()}
+        files = sorted(set(index.values()))
+    pickles = [each.name for each in files if each.suffix != ".safetensors"]
+    if pickles and not allow_pickle:
+        raise UserError(
+            f"{path.parent / pickles[0]} is a pickle, which can hold more than numbers: give --allow-pickle if you "
+            "trust it (only tensors are read), or a .safetensors file"
+        )
     lost = [each.name for each in files if not each.is_file()]
     if lost:
         raise UserError(f"{path.parent} lacks {', '.join(lost[:SHOWN])}, which {path.name} names: copy all shards")

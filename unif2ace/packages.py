@@ -20,3 +20,12 @@ def package_file(package: str, name: str, requirement: str) -> Path:
         if path.is_file():
             return path
     raise UserError(f"{package}'s {name} is not installed: pip install --no-deps {requirement}")
+
+
+def package_folder(package: str, name: str, requirement: str) -> Path:
+    """Path of the folder `name` inside the installed `package`; see `package_file`."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / name).is_dir():
+            return Path(folder) / name
+    raise UserError(f"{package} is not installed: pip install --no-deps {requirement}")
