@@ -107,7 +107,8 @@ std::tuple<Tensor, Tensor> sample_hidden_cpu(const Tensor& h_cond, std::optional
       const int64_t tiles = (count + kTileRows - 1) / kTileRows;
       by_dtype(h_cond, [&](auto in, auto) {
         const Branches<decltype(in)> branches(h_cond, h_uncond, 0);
-        torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16384 / hidden), [&](int64_t begin, int64_t end) {
+        const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, hidden));
+        torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
           for (int64_t j = begin; j < end; ++j) {
             const int64_t i = samples.index[first + j];
             fold_one<T>(branches.cond(i), branches.uncond(i), hidden, guidance, folded.data() + j * hidden);

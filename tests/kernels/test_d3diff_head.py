@@ -131,6 +131,27 @@ def test_runs_repeat_to_the_bit():
     assert torch.equal(first[0], second[0]) and all(map(torch.equal, first[2], second[2]))
 
 
+def test_strides_do_not_matter():
+    hidden, weight, bias, targets, m = problem(dtype=torch.float32)
+    flat, labels, sample = hidden.detach().flatten(0, 1), targets.flatten(), torch.arange(B).repeat_interleave(N)
+    plain = run((flat.clone().requires_grad_(), weight, bias, labels, m, sample))
+
+    def every_second(each):
+        return torch.stack([each, each + 1], -1)[..., 0]
+
+    strided = flat.t().contiguous().t().requires_grad_(), every_second(weight.detach()).requires_grad_()
+    strided += every_second(bias.detach()).requires_grad_(), *map(every_second, (labels, m, sample))
+    value, stats, gradients = run(strided)
+    assert torch.equal(value, plain[0]) and torch.equal(stats.lse, plain[1].lse)
+    for one, other in zip(gradients, plain[2], strict=True):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    logits = (flat @ weight.detach().t()).requires_grad_()
+    options = {"code_range": CODES, "sample_id": strided[-1]}
+    value, _ = d3diff.loss_from_logits(logits.t().contiguous().t(), strided[3], strided[4], **options)
+    assert torch.equal(value, d3diff.loss_from_logits(logits, labels, m, code_range=CODES, sample_id=sample)[0])
+
+
 def test_differentiating_twice_raises():
     inputs = problem()
     value, _ = d3diff.loss(*inputs, code_range=CODES)

@@ -419,6 +419,23 @@ def test_bad_arguments_are_named(name, change):
         sample_from_logits(**{**good, **change})
 
 
+def test_sizes_of_zero_and_one_whatever_their_strides():
+    """Torch calls them contiguous with any stride; a hidden state without elements leaves the bias to draw by."""
+    for rows, width in ((0, 3), (4, 1), (0, 1)):
+        strided = torch.randn(rows, width, 2)[..., 0]
+        for ids, confidence in (
+            sample_from_logits(strided, strided, masked(rows), MASK, guidance=1.0, seed=0),
+            sample_from_hidden(strided, strided, torch.randn(5, width), None, masked(rows), MASK, guidance=1.0, seed=0),
+        ):
+            assert ids.shape == confidence.shape == (rows,) and (ids != MASK).all()
+    bias = torch.tensor([0.0, 9.0, 0.0])
+    empty = torch.empty(4, 0)
+    ids, _ = sample_from_hidden(empty, None, torch.empty(3, 0), bias, masked(4), MASK, temperature=0.0, seed=0)
+    assert ids.tolist() == [1] * 4
+    with pytest.raises(ValueError, match="^code_range: expected"):
+        sample_from_logits(torch.empty(3, 0), None, masked(3), MASK, seed=0)
+
+
 @pytest.mark.parametrize(
     "name, change",
     [

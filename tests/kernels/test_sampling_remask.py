@@ -110,6 +110,11 @@ def test_strides_do_not_matter_and_an_empty_batch_is_empty():
     assert torch.equal(remask(*turned, torch.stack([count, count], 1)[:, 0], 0.5, seed=1), want)
     assert remask(confidence[:0], unknown[:0], count[:0], 0.5, seed=1).shape == (0, 40)
     assert remask(confidence[:, :0], unknown[:, :0], count, 0.0, seed=1).shape == (6, 0)
+    words = torch.tensor(1), torch.tensor(0)
+    for ties in ("index", "showo"):
+        assert remask(confidence[:, :0], unknown[:, :0], count, 0.0, seed=1, ties=ties).shape == (6, 0)
+        nothing = confidence[:, :0], unknown[:, :0], count, torch.empty(6, 0, dtype=torch.int64)
+        assert draw_torch.remask(*nothing, *words, torch.tensor(0.5), ties).shape == (6, 0)
 
 
 def test_opcheck():

@@ -68,7 +68,7 @@ def head_torch(
     loss = hidden.new_zeros((), dtype=torch.float64)
     ce, lse, mass = (hidden.new_zeros(rows_total, dtype=dtype) for _ in range(3))
     hit = torch.zeros(rows_total, dtype=torch.bool, device=hidden.device)
-    d_hidden = torch.zeros_like(hidden) if grad_hidden else hidden.new_empty(0)
+    d_hidden = hidden.new_zeros(hidden.shape) if grad_hidden else hidden.new_empty(0)
     d_weight = _WeightGradient(weight, columns if grad_weight else 0, compute_dtype)
     d_bias = hidden.new_zeros(columns if grad_bias else 0, dtype=dtype)
     any_grad = grad_hidden or grad_weight or grad_bias
@@ -78,7 +78,7 @@ def head_torch(
         rows = labelled.nonzero()[:, 0]
         inside = slice(start - first, end - first)
         w = weight[start:end].to(compute_dtype)
-        b = None if bias is None else bias[start:end].to(dtype)
+        b = None if bias is None else bias[start:end].to(dtype).contiguous()
         only = len(starts) == 1
         for chunk, z in _chunks(rows, w):
             x = (hidden if chunk.numel() == rows_total else hidden.index_select(0, chunk)).to(compute_dtype)

@@ -53,7 +53,7 @@ def logits_backward_torch(
 ) -> torch.Tensor:
     """Torch implementation of `unif2ace::d3diff_logits_backward`: the gradient of the logits [T, V]."""
     dtype = accumulation_dtype(logits.dtype)
-    gradient = torch.zeros_like(logits)
+    gradient = logits.new_zeros(logits.shape)
     rows = (targets != ignore_index).nonzero()[:, 0]
     if rows.numel() == 0:
         return gradient

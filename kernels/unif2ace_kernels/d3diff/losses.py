@@ -364,7 +364,7 @@ def _flatten_labels(
     expect(rows.dim() in (2, 3), name, "shape [T, *] or [B, N, *]", f"shape {list(rows.shape)}")
     expect(rows.numel() > 0, name, "at least one row and one column", f"shape {list(rows.shape)}")
     expect_tensor(targets, targets_name, shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows))
-    return rows.reshape(-1, rows.shape[-1]), targets.reshape(-1)
+    return rows.reshape(-1, rows.shape[-1]), targets.reshape(-1).contiguous()
 
 
 def _flatten(

@@ -28,4 +28,4 @@ def noise_torch(
         mask = keys <= threshold
     else:
         mask = uniform(words) < mask_prob[:, None]
-    return torch.where(mask, mask_id, tokens), mask
+    return torch.where(mask, mask_id, tokens.contiguous()), mask

@@ -15,7 +15,7 @@ from .rows_torch import accumulation_dtype, rows_torch
 
 
 def _noise_fake(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row):
-    return torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.bool)
+    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.bool)
 
 
 noise_op = register(
@@ -51,7 +51,7 @@ def _head_fake(
         hidden.new_empty((), dtype=dtype),
         *(hidden.new_empty(rows, dtype=dtype) for _ in range(3)),
         hidden.new_empty(rows, dtype=torch.bool),
-        torch.empty_like(hidden) if grad_hidden else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape) if grad_hidden else hidden.new_empty(0),
         weight.new_empty((columns, features) if grad_weight else 0),
         hidden.new_empty(columns if grad_bias else 0, dtype=dtype if bias is None else bias.dtype),
     )
@@ -188,6 +188,6 @@ logits_backward_op = register(
         compiled("d3diff_logits_backward", "cpu"),
         Implementation("torch", ("cpu", "cuda"), logits_backward_torch),
     ],
-    fake=lambda grad_loss, logits, *_: torch.empty_like(logits),
+    fake=lambda grad_loss, logits, *_: logits.new_empty(logits.shape),
     backward=_no_second_derivative,
 )

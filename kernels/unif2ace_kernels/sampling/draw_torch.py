@@ -157,6 +157,8 @@ def remask(
     temperature: Tensor, ties: str,
 ) -> Tensor:  # fmt: skip
     """The op `remask`; see ops.py."""
+    if confidence.shape[-1] == 0:
+        return torch.zeros_like(unknown)
     # A position without a distribution is forgotten first; a confidence of +inf still ranks below a known token's.
     largest = torch.finfo(confidence.dtype).max
     confidence = confidence.nan_to_num(nan=float("-inf"), posinf=largest, neginf=float("-inf"))

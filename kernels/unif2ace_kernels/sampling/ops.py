@@ -124,8 +124,9 @@ def _draw_arguments(
 
 def _same_leading(value: Tensor, argument: str, ids: Tensor, last: int | str) -> Tensor:
     expect_tensor(value, argument, shape=(*ids.shape, last), dtypes=_FLOATS, device_of=("ids", ids))
-    value = value.reshape(-1, value.shape[-1])
-    return value if value.stride(-1) == 1 else value.contiguous()
+    value = value.reshape(ids.numel(), value.shape[-1])
+    # Not .contiguous(), which leaves the strides of what has no element, or one column, as they are.
+    return value if value.stride(-1) == 1 else value.clone(memory_format=torch.contiguous_format)
 
 
 def sample_from_logits(
