@@ -1,10 +1,12 @@
-# make demo | demo-small | test | test-all | lint | bench | gpu | clean
+# make demo | demo-small | test | test-all | fuzz | lint | bench | gpu | clean
 # Everything runs in .venv, which the first target makes from nothing; a changed pin installs again.
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results/gpu
 BUDGET ?= 500
+# How long `make fuzz` looks.
+SECONDS ?= 600
 # Processes that the tests run in: one a core, and no more than fit in memory.
 WORKERS ?= auto --maxprocesses 8
 
@@ -21,7 +23,7 @@ INSTALLING := $(VENV)/.installing
 INSTALL_SECONDS := $(VENV)/.install-seconds
 EXTENSION := kernels/unif2ace_kernels/_build.json
 
-.PHONY: demo demo-small test test-all lint bench gpu clean
+.PHONY: demo demo-small test test-all fuzz lint bench gpu clean
 
 demo: $(DEMO_READY) $(EXTENSION)
 	UNIF2ACE_INSTALL_SECONDS=$$(cat $(INSTALL_SECONDS)) $(VENV)/bin/unif2ace demo
@@ -34,6 +36,9 @@ test: $(DEV_READY) $(EXTENSION)
 
 test-all: $(DEV_READY) $(EXTENSION)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+fuzz: $(DEV_READY) $(EXTENSION)
+	$(PY) tests/fuzz/long.py --seconds $(SECONDS) -n $(WORKERS) --dist worksteal
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .
