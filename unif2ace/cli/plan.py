@@ -1,0 +1,150 @@
+"""`unif2ace plan`: what training a model takes of each GPU, before it is started."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from unif2ace.configs import UniF2aceConfig, VocabularyConfig
+from unif2ace.errors import UserError
+from unif2ace.importers.parts import model_config
+from unif2ace.planning import activations
+from unif2ace.planning.plan import (
+    CHECKPOINTING,
+    GB,
+    GIB,
+    MASKED_SHARE,
+    OPTIMIZERS,
+    SHARDINGS,
+    SPARE,
+    Memory,
+    Training,
+    counts,
+    largest_batch,
+    memory,
+    scaled,
+    step_flops,
+    usable,
+)
+
+SHARES = activations.Step(5, 2, 1, 0)  # rows of t2i, mmu and plain text in Show-o's training
+_DEMO_WORDS = VocabularyConfig(text=404, codes=1024)
+_DTYPES = {"fp32": "float32", "bf16": "bf16", "autocast": "autocast"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("config", help="base (the 1.8B shape), tiny, or the folder of a checkpoint or of an import")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
+    parser.add_argument("--batch", type=int, help="rows of a GPU in a step (default: the most that fit)")
+    parser.add_argument(
+        "--length", type=int, help="tokens of a row (default: those of a t2i row, up to a multiple of 8)"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="(default: %(default)s, float32 masters)")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
+    parser.add_argument("--ema", action="store_true", help="an average of the weights is kept")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none", help="(default: %(default)s)")
+    parser.add_argument("--sharding", choices=SHARDINGS, default="fsdp", help="(default: %(default)s)")
+    parser.add_argument("--attention", choices=(activations.FUSED, activations.MATH), default=activations.FUSED)
+    parser.add_argument("--gpu-memory", type=float, default=141, help="GB of a GPU (default: an H200's %(default)s)")
+
+
+def plan(parsed: argparse.Namespace) -> None:
+    """Print a table of memory by part, a column a number of GPUs, and what it assumes."""
+    for name in ("gpus", "batch", "length", "gpu_memory"):
+        given = getattr(parsed, name)
+        if any(value <= 0 for value in (given if isinstance(given, list) else [given or 1])):
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {given}")
+    print("\n".join(report(parsed)))
+
+
+def report(parsed: argparse.Namespace) -> list[str]:
+    """The lines that the command prints."""
+    config = _config(parsed.config)
+    least = config.text_slots + config.image_tokens + 2
+    length = parsed.length or -(-least // 8) * 8
+    if length < least:
+        raise UserError(f"--length: a t2i row has {least} tokens, got {length}")
+    asked = Training(
+        config, scaled(SHARES._replace(length=length), parsed.batch or SHARES.rows), _DTYPES[parsed.dtype],
+        parsed.optimizer, parsed.ema, parsed.checkpointing, parsed.sharding, parsed.attention,
+    )  # fmt: skip
+    space = parsed.gpu_memory * GB
+    most = {gpus: largest_batch(asked, gpus, space) for gpus in parsed.gpus}
+    columns = {}
+    for gpus in parsed.gpus:
+        rows = parsed.batch or max(1, most[gpus])
+        columns[gpus] = replace(asked, step=scaled(asked.step, rows))
+    memories = {gpus: memory(training, gpus) for gpus, training in columns.items()}
+    number = counts(config)
+    return [
+        f"{number.all:,} parameters that are trained: {number.blocks:,} in {config.num_hidden_layers} layers, "
+        f"{number.embedding:,} embedding, {number.head:,} head, {number.apart:,} others", "",
+        *_memory_table(memories, space), "", *_step_table(columns, most), "", *assumptions(asked, space),
+    ]  # fmt: skip
+
+
+def _config(name: str) -> UniF2aceConfig:
+    if name == "base":
+        return UniF2aceConfig.base()
+    if name == "tiny":
+        return UniF2aceConfig.tiny(_DEMO_WORDS)
+    return model_config(Path(name))
+
+
+def _memory_table(memories: dict[int, Memory], space: float) -> list[str]:
+    """GiB by part at each plan's highest moment."""
+    parts = list(dict.fromkeys(part for each in memories.values() for part in each.parts))
+    lines = [f"| GiB a GPU | {' | '.join(_gpus(gpus) for gpus in memories)} |", "|---|" + "--:|" * len(memories)]
+    for part in parts:
+        lines.append(f"| {part} | {' | '.join(f'{m.parts.get(part, 0) / GIB:.2f}' for m in memories.values())} |")
+    lines.append(f"| all | {' | '.join(f'{m.peak / GIB:.2f}' for m in memories.values())} |")
+    left = [(usable(space) - m.peak) / GIB for m in memories.values()]
+    lines.append(f"| left | {' | '.join(f'{each:.2f}' if each >= 0 else 'does not fit' for each in left)} |")
+    lines.append(f"| at its highest | {' | '.join(m.moment for m in memories.values())} |")
+    return lines
+
+
+def _step_table(columns: dict[int, Training], most: dict[int, int]) -> list[str]:
+    rows: list[tuple[str, list[str]]] = [
+        ("rows a GPU that fit", [f"{most[gpus]:,}" for gpus in columns]),
+        ("rows a GPU (t2i + mmu + text)", [
+            f"{t.step.rows:,} ({t.step.t2i} + {t.step.mmu} + {t.step.lm})" for t in columns.values()]),
+        ("rows a step", [f"{gpus * t.step.rows:,}" for gpus, t in columns.items()]),
+        ("tokens a step", [f"{gpus * t.step.tokens:,}" for gpus, t in columns.items()]),
+        ("PFLOPs a step", [f"{gpus * step_flops(t)[0] / 1e15:,.3f}" for gpus, t in columns.items()]),
+        ("PFLOPs a step, run", [f"{gpus * step_flops(t)[1] / 1e15:,.3f}" for gpus, t in columns.items()]),
+    ]  # fmt: skip
+    head = [f"| a step | {' | '.join(map(_gpus, columns))} |", "|---|" + "--:|" * len(columns)]
+    return head + [f"| {name} | {' | '.join(values)} |" for name, values in rows]
+
+
+def _gpus(number: int) -> str:
+    return "1 GPU" if number == 1 else f"{number} GPUs"
+
+
+def assumptions(training: Training, space: float) -> list[str]:
+    """What the numbers rest on, a line each."""
+    number = {"bf16": "bfloat16 copies of float32 masters; gradients are kept in float32",
+              "autocast": "float32 weights, cast to bfloat16 at each product",
+              "float32": "float32 throughout"}[training.precision]  # fmt: skip
+    sharding = {
+        "fsdp": "masters, gradients, optimizer and EMA in equal parts; gathered: all outside the layers, and two layers",
+        "ddp": "every GPU has masters, gradients, optimizer and EMA; two buckets of 25 MiB on the way",
+    }[training.sharding]
+    return [
+        "Assumed:",
+        f"- {number}",
+        f"- sharding: {sharding}",
+        f"- rows of {training.step.length} tokens without padding, t2i : mmu : text = 5 : 2 : 1 (Show-o's)",
+        f"- {MASKED_SHARE:.0%} of the image tokens are masked, the mean of the cosine schedule; text after the image is "
+        "all predicted",
+        f"- attention keeps {'no' if training.attention == activations.FUSED else 'its'} probabilities; the head makes "
+        "logits a chunk of rows at a time and keeps none",
+        f"- usable: {usable(space) / GIB:.1f} GiB, {space / GB:.0f} GB less {SPARE:.0%} for the allocator and 2 GiB for "
+        "CUDA and NCCL",
+        "- FLOPs of matrix products, the backward as twice the forward; attention counts all pairs of positions",
+        "- frozen encoders and the image tokenizer are not in it: their features and codes come precomputed",
+        "Kept bytes and peaks were checked against steps run on a CPU; not yet measured on GPU.",
+    ]
