@@ -217,12 +217,16 @@ EXTRAS = {
     # antelopev2 and arcface-mbf; their runtime="insightface" is `pip install --no-deps insightface` beside it
     "faces": ["numpy", "opencv-python-headless", "onnxruntime", "onnx", "scikit-image"],
     "clip": ["open_clip_torch"],
+    # 6.x names pillow < 13; what pip finds beside pillow 13 is a gradio of 2023 that does not import
+    "app": ["gradio>=6.20"],
     "dev": [
         "pytest",
         "pytest-xdist",
         "onnx",
         "onnxruntime",
         "hypothesis",
+        "gradio>=6.20",
+        "playwright",
         "ruff",
         "mypy",
         "numpy",
