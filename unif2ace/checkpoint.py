@@ -1,43 +1,72 @@
-"""A trained model in one folder: weights as safetensors, sizes as JSON, the text tokenizer.
+"""A model and its processor in one folder, as transformers lays it out; whole or not there, and checked on the way in.
 
-config.json            every size
-model.safetensors      the transformer and the image tokenizer
-text_tokenizer.json
+config.json, generation_config.json            every size; how text is generated
+model.safetensors, or shards and their index   the transformer and its image tokenizer
+tokenizer.json, tokenizer_config.json          the text tokenizer
+processor_config.json                          sizes of rows, encoders, prompts
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from transformers.utils import logging
 
-from unif2ace.configs import ModelConfig
+from unif2ace.auto import UniF2aceConfig, UniF2aceForConditionalGeneration, UniF2aceProcessor
 from unif2ace.errors import UserError
-from unif2ace.files import read_json, write_json
-from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from unif2ace.files import read_json
+from unif2ace.model.image_tokenizer import ImageTokenizer
+from unif2ace.model.magvit import Magvit
 from unif2ace.model.text_tokenizer import TextTokenizer
-from unif2ace.model.transformer import UniF2ace
 
-FORMAT = 1
-CONFIG, WEIGHTS, TEXT = "config.json", "model.safetensors", "text_tokenizer.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TEXT, PROCESSOR = "tokenizer.json", "processor_config.json"
 
 
 @dataclass
 class Checkpoint:
-    """What `unif2ace generate` and `unif2ace ask` need."""
+    """What painting and answering need."""
 
-    model: UniF2ace
-    image_tokenizer: ImageTokenizer
-    text_tokenizer: TextTokenizer
+    model: UniF2aceForConditionalGeneration
+    processor: UniF2aceProcessor
 
-    def save(self, folder: Path) -> None:
+    @classmethod
+    def of(
+        cls,
+        model: UniF2aceForConditionalGeneration,
+        images: ImageTokenizer | Magvit,
+        text: TextTokenizer,
+        **options: Any,
+    ) -> Checkpoint:
+        """A model with its two tokenizers; `options` are the processor's."""
+        model.set_image_tokenizer(images)
+        model.config.eos_token_id = model.generation_config.eos_token_id = text.end
+        return cls(model, UniF2aceProcessor.of(model.config, text, image_size=images.config.side, **options))
+
+    @property
+    def image_tokenizer(self) -> ImageTokenizer | Magvit:
+        """The model's.
+
+        Raises:
+            UserError: it has none.
+        """
+        if self.model.image_tokenizer is None:
+            raise UserError("this checkpoint has no image tokenizer: import one into it")
+        return self.model.image_tokenizer
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        return self.processor.text
+
+    def save(self, folder: Path, max_shard_size: str = "5GB") -> None:
         """Write the folder, whole or not at all: beside `folder` first, then in its place.
 
         Raises:
@@ -45,18 +74,11 @@ class Checkpoint:
         """
         folder = Path(folder)
         partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-        config = {
-            "format": FORMAT,
-            "model": self.model.config.to_dict(),
-            "image_tokenizer": dataclasses.asdict(self.image_tokenizer.config),
-        }
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"image_tokenizer.{name}": value for name, value in self.image_tokenizer.state_dict().items()}
         try:
             partial.mkdir(parents=True)
-            (partial / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
-            self.text_tokenizer.save(partial / TEXT)
-            write_json(partial / CONFIG, config)
+            with quiet():
+                self.model.save_pretrained(partial, max_shard_size=max_shard_size)
+                self.processor.save_pretrained(partial)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
@@ -69,57 +91,101 @@ class Checkpoint:
                 shutil.rmtree(each, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: Path) -> Checkpoint:
-        """Read a folder that `save` wrote.
+    def load(cls, folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
+        """Read a folder that `save` wrote, in evaluation mode.
+
+        Args:
+            dtype: of the weights; what they were saved in when None.
 
         Raises:
             UserError: it or a file of it is missing, damaged, or of another config than its weights.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"no checkpoint at {folder}: run `unif2ace demo` or name one with --checkpoint")
-        config = read_json(folder / CONFIG)
-        found = config.get("format") if isinstance(config, dict) else None
-        if found != FORMAT:
-            raise UserError(f"{folder / CONFIG} has format {found}, this version reads {FORMAT}")
-        try:
-            model = UniF2ace(ModelConfig.from_dict(config["model"]))
-            tokenizer = ImageTokenizer(ImageTokenizerConfig(**config["image_tokenizer"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from error
-        if not (folder / TEXT).is_file():
-            raise UserError(f"{folder / TEXT} is missing: copy the whole folder again")
-        tensors = _read_weights(folder / WEIGHTS)
-        for prefix, module in (("model.", model), ("image_tokenizer.", tokenizer)):
-            _fill(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, folder)
-        try:
-            text = TextTokenizer.load(folder / TEXT)
-        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-            raise UserError(f"{folder / TEXT} is damaged ({error}): copy it again") from error
-        if text.size != model.config.vocabulary.text:
+        config = read_config(folder)
+        processor = _read_processor(folder)
+        model = read_model(folder, config, dtype).to(device)
+        text, wanted = processor.text.size, config.vocabulary.text
+        if text > wanted:
             raise UserError(
-                f"{folder}: {CONFIG} and {TEXT} are of different models, {model.config.vocabulary.text} text tokens in "
-                f"the one, {text.size} in the other; put all files of one training run together"
+                f"{folder}: {CONFIG} and {TEXT} are of different models, {wanted} text tokens in the one, {text} in "
+                "the other; put all files of one training run together"
             )
-        return cls(model.eval(), tokenizer.eval(), text)
+        return cls(model.eval(), processor)
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_config(folder: Path) -> UniF2aceConfig:
+    """What config.json says of the model.
+
+    Raises:
+        UserError: there is no folder or no config, or it describes no model that could be built.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"no checkpoint at {folder}: run `unif2ace demo` or name one with --checkpoint")
+    path = Path(folder) / CONFIG
+    values = read_json(path)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != UniF2aceConfig.model_type:
+        raise UserError(f"{path} is of a {kind} model, expected {UniF2aceConfig.model_type}")
     try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: copy the whole folder again") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or damaged ({error}): copy it again") from error
+        config = UniF2aceConfig.from_dict(values)
+        with torch.device("meta"):
+            UniF2aceForConditionalGeneration(config)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} does not describe a model: {reason}") from error
+    return config
 
 
-def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    wanted = module.state_dict()
-    for name in sorted(wanted.keys() | tensors.keys()):
-        want, have = (tuple(each[name].shape) if name in each else "nothing" for each in (wanted, tensors))
-        if want != have:
-            raise UserError(
-                f"{folder}: {CONFIG} and {WEIGHTS} are of different models: {name} is {want} in the one, {have} in "
-                "the other; put both files of one training run together"
-            )
-    module.load_state_dict(tensors)
+def read_model(folder: Path, config: UniF2aceConfig, dtype: torch.dtype | None) -> UniF2aceForConditionalGeneration:
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise UserError(f"{folder / WEIGHTS} is missing: copy the whole folder again")
+    try:
+        with quiet():  # what does not fit is said below, in one line
+            model, info = UniF2aceForConditionalGeneration.from_pretrained(
+                folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / WEIGHTS} is truncated or damaged ({reason}): copy it again") from error
+    for name, have, want in sorted(info["mismatched_keys"]):
+        _of_different_models(folder, name, tuple(want), tuple(have))
+    wanted = model.state_dict()
+    for name in sorted(info["missing_keys"]):
+        _of_different_models(folder, name, tuple(wanted[name].shape), "nothing")
+    for name in sorted(info["unexpected_keys"]):
+        _of_different_models(folder, name, "nothing", "there")
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _of_different_models(folder: Path, name: str, want: object, have: object) -> None:
+    raise UserError(
+        f"{folder}: {CONFIG} and {WEIGHTS} are of different models: {name} is {want} in the one, {have} in the other; "
+        "put both files of one training run together"
+    )
+
+
+def _read_processor(folder: Path) -> UniF2aceProcessor:
+    for name in (TEXT, PROCESSOR):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing: copy the whole folder again")
+    read_json(folder / PROCESSOR)
+    try:
+        return UniF2aceProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder / TEXT} is damaged ({reason}): copy it again") from error

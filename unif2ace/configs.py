@@ -2,12 +2,24 @@
 
 Sources: the paper (arXiv 2503.08120) for the parts, Show-o's public checkpoint for the backbone's sizes. What the
 paper does not publish (experts per group, their width, the balance coefficients) is configuration here.
+
+The paper's ablations are switches, by its tables' names:
+
+    loss     D3Diff, alpha 0.1 / 0.01 / 0.001   loss.alpha
+             mask only; score only              loss.alpha = 0; loss.mask = 0
+    experts  without token-level MoE            token_moe = None
+             without sequence-level MoE         sequence_moe = None
+             top-K                              sequence_moe.top_k, token_moe.top_k
+             without CLIP; without face         sequence_moe.clip = False; sequence_moe.face = False
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 T2I, MMU = 0, 1  # the two task groups: text to image; multimodal understanding (plain text routes there too)
 TASKS = ("t2i", "mmu")
@@ -59,9 +71,11 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class TokenMoEConfig:
-    """The grouped token-level mixture that stands in place of the FFN.
+    """The grouped token-level mixture that stands in place of the FFN, or beside it.
 
     Attributes:
+        dense: the dense FFN stays, common to both tasks, and the experts are added to it. A model that was trained
+            without experts goes on from there: experts that answer zero leave its function as it is.
         experts: routed experts of each task group, (t2i, mmu).
         top_k: routed experts that a token uses.
         width: FFN width of one routed expert.
@@ -73,6 +87,7 @@ class TokenMoEConfig:
     top_k: int = 2
     width: int = 128
     shared_width: int = 128
+    dense: bool = False
     balance: tuple[float, float] = (0.01, 0.01)
 
 
@@ -97,7 +112,7 @@ class SequenceMoEConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The training loss: t2i * D3Diff + mmu * next-token + balance losses.
+    """The training loss: t2i * D3Diff + mmu * next token on faces + lm * next token on plain text + balance losses.
 
     Attributes:
         alpha: weight of D3Diff's score term, 0.01 in the paper; 0 leaves masked prediction only.
@@ -114,74 +129,151 @@ class LossConfig:
     max_weight: float | None = None
     t2i: float = 1.0
     mmu: float = 1.0
+    lm: float = 0.1
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+NESTED: dict[str, type] = {
+    "vocabulary": VocabularyConfig,
+    "token_moe": TokenMoEConfig,
+    "sequence_moe": SequenceMoEConfig,
+    "loss": LossConfig,
+}
+# What transformers itself hands to a config beside the fields.
+_PASSED = {
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "pad_token_id", "quantization_config", "torch_dtype", "vocab_size",
+}  # fmt: skip
+
+
+class UniF2aceConfig(PreTrainedConfig):
     """The unified transformer.
 
     Attributes:
-        hidden, layers, heads: width, depth, attention heads.
-        rotary: share of each head's channels that rotary position embedding turns.
+        hidden_size, num_hidden_layers, num_attention_heads: width, depth, attention heads.
+        partial_rotary_factor: share of each head's channels that rotary position embedding turns.
+        rope_theta: its base.
         parallel_block: attention and FFN read one LayerNorm (Phi, Show-o) instead of two in turn.
-        ffn: width of the dense FFN where `token_moe` is None.
+        intermediate_size: width of the dense FFN, where there is one: `token_moe` is None or has `dense`.
         image_tokens: image codes of one face.
         text_slots: positions before <soi> in a t2i sequence, the <t2i>, begin and end tokens included.
         image_positions: a learned embedding of each image position, added to its code's (Show-o has none).
         identity, semantic: channels of the identity embedding and of the semantic (CLIP-slot) features.
+        semantic_source: what gives the semantic features: "clip", an encoder outside the model, or "image_tokenizer",
+            whose latents stand in for one.
+        token_moe, sequence_moe: the two levels of experts; None leaves one out.
+        image_tokenizer: ``{"kind": "lfq" or "magvit", ...its sizes}`` where the model carries its image tokenizer.
+        eos_token_id: the text tokenizer's end-of-text token, which also begins a text.
+
+    Parts may be given as dicts. `vocab_size` and `pad_token_id` follow from `vocabulary`.
+
+    Raises:
+        ValueError: an unknown key, or a size that cannot be; it is named.
     """
 
-    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
-    hidden: int = 192
-    layers: int = 3
-    heads: int = 3
-    rotary: float = 0.5
+    model_type = "unif2ace"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocabulary: VocabularyConfig | dict[str, Any] = field(default_factory=VocabularyConfig)
+    hidden_size: int = 192
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 3
+    intermediate_size: int = 768
+    partial_rotary_factor: float = 0.5
+    rope_theta: float = 10000.0
     parallel_block: bool = False
-    ffn: int = 768
     image_tokens: int = 64
     text_slots: int = 32
     image_positions: bool = True
     identity: int = 128
     semantic: int = 10
-    token_moe: TokenMoEConfig | None = field(default_factory=TokenMoEConfig)
-    sequence_moe: SequenceMoEConfig | None = field(default_factory=SequenceMoEConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    semantic_source: str = "clip"
+    token_moe: TokenMoEConfig | dict[str, Any] | None = field(default_factory=TokenMoEConfig)
+    sequence_moe: SequenceMoEConfig | dict[str, Any] | None = field(default_factory=SequenceMoEConfig)
+    loss: LossConfig | dict[str, Any] = field(default_factory=LossConfig)
+    image_tokenizer: dict[str, Any] | None = None
+    eos_token_id: int | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = sorted(key for key in kwargs if key not in _PASSED and not key.startswith("_"))
+        if unknown:
+            known = sorted(each.name for each in dataclasses.fields(self) if each.name in type(self).__annotations__)
+            raise ValueError(f"config: expected the keys {known}, got also {unknown}")
+        for name, kind in NESTED.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, _part(name, kind, value))
+            elif not isinstance(value, kind) and not (value is None and name.endswith("_moe")):
+                raise ValueError(f"config.{name}: expected a {kind.__name__} or a dict of its fields, got {value!r}")
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_tokens")
+        for name in (*sizes, "text_slots", "identity", "semantic"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.{name}: expected an integer of at least 1, got {value!r}")
+        if self.semantic_source not in ("clip", "image_tokenizer"):
+            raise ValueError(f"config.semantic_source: expected clip or image_tokenizer, got {self.semantic_source!r}")
+        if self.hidden_size % self.num_attention_heads:
+            expected = f"a divisor of hidden_size {self.hidden_size}"
+            raise ValueError(f"config.num_attention_heads: expected {expected}, got {self.num_attention_heads}")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(f"config.partial_rotary_factor: expected one in (0, 1], got {self.partial_rotary_factor}")
+        for name, value in (("vocab_size", self.vocabulary.size), ("pad_token_id", self.vocabulary.pad)):
+            if kwargs.get(name, value) != value:
+                raise ValueError(f"config.{name}: expected {value}, as the vocabulary has it, got {kwargs[name]}")
+            kwargs[name] = value
+        super().__post_init__(**kwargs)
 
     @classmethod
-    def tiny(cls, vocabulary: VocabularyConfig) -> ModelConfig:
+    def tiny(cls, vocabulary: VocabularyConfig, **changes: Any) -> UniF2aceConfig:
         """The demo's model, minutes on two CPU cores; `vocabulary` is what its tokenizers need."""
-        return cls(vocabulary=vocabulary)
+        return cls(vocabulary=vocabulary, **changes)
 
     @classmethod
-    def base(cls) -> ModelConfig:
-        """The paper's 1.8B shape on Show-o's backbone, 256 px: 1.80 B parameters, 1.05 B of them used by a token."""
-        return cls(
-            hidden=2048, layers=24, heads=32, parallel_block=True, ffn=8192, image_tokens=256, text_slots=129,
-            image_positions=False, identity=512, semantic=1024,
-            token_moe=TokenMoEConfig(experts=(8, 8), top_k=4, width=512, shared_width=1536),
-        )  # fmt: skip
+    def base(cls, **changes: Any) -> UniF2aceConfig:
+        """The paper's 1.8B shape, 256 px: Show-o's backbone of 1.45 B, dense FFNs included, and experts beside them.
 
-    def to_dict(self) -> dict:
-        """Nested plain values, as stored in a checkpoint's config.json."""
-        return dataclasses.asdict(self)
+        `unif2ace info base` counts its parameters part by part, and those that a token uses.
+        """
+        sizes: dict[str, Any] = {
+            "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "parallel_block": True,
+            "intermediate_size": 8192, "image_tokens": 256, "text_slots": 129, "image_positions": False,
+            "identity": 512, "semantic": 1024, "eos_token_id": 50256,
+            "token_moe": TokenMoEConfig(experts=(4, 4), top_k=2, width=384, shared_width=0, dense=True),
+        }  # fmt: skip
+        return cls(**(sizes | changes))
 
-    @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
-        """The inverse of `to_dict`; lists become tuples again."""
-        nested: dict[str, type] = {
-            "vocabulary": VocabularyConfig,
-            "token_moe": TokenMoEConfig,
-            "sequence_moe": SequenceMoEConfig,
-            "loss": LossConfig,
-        }
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
-        def arguments(kind: type, given: dict) -> dict:
-            known = {each.name for each in dataclasses.fields(kind)}
-            unknown = sorted(set(given) - known)
-            if unknown:
-                raise ValueError(f"config: expected the keys {sorted(known)}, got also {unknown}")
-            return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    def replace(self, **changes: Any) -> UniF2aceConfig:
+        """A copy with other values."""
+        own = {name: getattr(self, name) for name in type(self).__annotations__ if hasattr(self, name)}
+        return type(self)(**(own | changes))
 
-        present = {key: kind for key, kind in nested.items() if values.get(key) is not None}
-        parts = {key: kind(**arguments(kind, values[key])) for key, kind in present.items()}
-        return cls(**arguments(cls, {**values, **parts}))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UniF2aceConfig) and self._values() == other._values()
+
+    def _values(self) -> dict[str, Any]:
+        values = self.to_dict()
+        return {key: values[key] for key in values if key not in ("transformers_version", "_name_or_path")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as stored in config.json."""
+        plain = super().to_dict()
+        for name in NESTED:
+            if dataclasses.is_dataclass(plain[name]):
+                values = dataclasses.asdict(plain[name])
+                plain[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        return plain
+
+
+def _part(name: str, kind: type, given: dict[str, Any]) -> Any:
+    known = [each.name for each in dataclasses.fields(kind)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"config.{name}: expected the keys {sorted(known)}, got also {unknown}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})

@@ -2,7 +2,7 @@
 
     faces      made at run time, attributes measured, identities embedded
     tokenizer  a lookup-free-quantised autoencoder, trained on them
-    model      the tiny UniF2ace with every part of the paper on, both tasks in every step
+    model      the tiny UniF²ace with every part of the paper on, both tasks in every step
     evaluation faces painted from random prompts, questions on faces never seen, both tested against chance
     report     what all of that looks like
 
@@ -28,16 +28,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from unif2ace.checkpoint import Checkpoint
-from unif2ace.configs import ModelConfig, VocabularyConfig
+from unif2ace.configs import UniF2aceConfig, VocabularyConfig
 from unif2ace.data import captions
 from unif2ace.data.dataset import FaceSet, build_faces
 from unif2ace.errors import UserError
 from unif2ace.evaluation import quality, report
 from unif2ace.files import digest, read_json, replacing, write_json
-from unif2ace.model import attention, image_tokenizer, sequence_moe, sequences, transformer
+from unif2ace.model import attention, image_tokenizer, modeling, sequence_moe, sequences
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.text_tokenizer import TextTokenizer
-from unif2ace.model.transformer import UniF2ace
 from unif2ace.training import loop, optimizers
 from unif2ace.training import recipe as recipes
 from unif2ace.training.loop import Schedule, fit
@@ -71,7 +71,7 @@ class DemoSettings:
 FULL = DemoSettings(faces=2700, held_out=300, tokenizer_steps=1500, model_steps=600, prompts=96)
 SMALL = DemoSettings(faces=96, held_out=32, tokenizer_steps=60, model_steps=12, prompts=12)
 
-_SETTINGS = (ImageTokenizerConfig, ModelConfig, Schedule, RecipeConfig, optimizers.OptimizerConfig)
+_SETTINGS = (ImageTokenizerConfig, UniF2aceConfig, Schedule, RecipeConfig, optimizers.OptimizerConfig)
 
 
 class Timer:
@@ -190,10 +190,10 @@ def _model(
     settings: DemoSettings, folder: Path, faces: FaceSet, tokenizer: ImageTokenizer, encoded: EncodedFaces
 ) -> tuple[Checkpoint, bool]:
     text = TextTokenizer.train(captions.all_texts())
-    config = ModelConfig.tiny(VocabularyConfig(text=text.size, codes=tokenizer.config.codes))
+    config = UniF2aceConfig.tiny(VocabularyConfig(text=text.size, codes=tokenizer.config.codes))
     schedule = Schedule(settings.model_steps)
     data = (encoded.codes, encoded.semantic, encoded.identity, torch.from_numpy(encoded.classes))
-    modules = (attention, sequence_moe, sequences, transformer, loop, optimizers, recipes)
+    modules = (attention, modeling, sequence_moe, sequences, loop, optimizers, recipes)
     name = fingerprint(
         config, schedule, settings.optimizer, settings.recipe, settings.seed,
         of=[*(each.numpy().tobytes() for each in data), text.tokenizer.to_str().encode(), captions, *modules],
@@ -203,18 +203,19 @@ def _model(
     if path.exists() and stamp.exists() and read_json(stamp) == name:
         return Checkpoint.load(path), False
     torch.manual_seed(settings.seed)
-    model = UniF2ace(config)
+    model = UniF2aceForConditionalGeneration(config)
     initialise_codes(model, tokenizer)
     recipe = Recipe(subset(encoded, faces.train), text, config, settings.recipe)
 
     def loss(step: int):
         with torch.autocast("cpu", torch.bfloat16):
-            return model.loss(recipe.batch(step))
+            output = model(**vars(recipe.batch(step)))
+        return output.loss, output.terms
 
     state = folder / "model_state.pt"
     log = fit(model, optimizers.build(model, settings.optimizer), loss, schedule, state, name="model", fingerprint=name)
     write_json(folder / "model_log.json", log)
-    checkpoint = Checkpoint(model.eval(), tokenizer, text)
+    checkpoint = Checkpoint.of(model.eval(), tokenizer, text)
     stamp.unlink(missing_ok=True)  # never beside a checkpoint that it is not of
     checkpoint.save(path)
     write_json(stamp, name)

@@ -15,23 +15,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from unif2ace.configs import ModelConfig, TokenMoEConfig, VocabularyConfig
+from unif2ace.configs import TokenMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.generation.image import PaintSettings, paint_codes
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.prefix import TextPrefix
 from unif2ace.model.sequences import t2i_batch, t2i_prompts
-from unif2ace.model.transformer import UniF2ace
 
 from ..case import FORWARD, Baseline, Case, Outputs, Work, compiled
 
 END, WORDS = 0, 27  # the demo's captions have 14 to 27 tokens
 
-_BASE = ModelConfig.base()
-_SMALL = dataclasses.replace(
-    _BASE, hidden=512, layers=6, heads=8, ffn=2048,
-    token_moe=TokenMoEConfig(experts=(8, 8), top_k=4, width=128, shared_width=384),
+_BASE = UniF2aceConfig.base()
+_SMALL = UniF2aceConfig.base(
+    hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
+    token_moe=TokenMoEConfig(experts=(4, 4), top_k=2, width=96, shared_width=0, dense=True),
 )  # fmt: skip
-_DEMO = ModelConfig.tiny(VocabularyConfig(text=404, codes=1024))
-_TINY = dataclasses.replace(_DEMO, vocabulary=VocabularyConfig(text=40, codes=16), hidden=48, layers=1, image_tokens=8)
+_DEMO = UniF2aceConfig.tiny(VocabularyConfig(text=404, codes=1024))
+_TINY = UniF2aceConfig.tiny(
+    VocabularyConfig(text=40, codes=16), hidden_size=48, num_hidden_layers=1, image_tokens=8
+)  # fmt: skip
 # shape, model, faces, steps, source, devices
 MODELS = [
     ("smoke", _TINY, 2, 2, "made up, tiny", ("cpu", "cuda")),
@@ -44,10 +46,12 @@ MODELS = [
 class Loops:
     """The model, its captions and both loops."""
 
-    def __init__(self, config: ModelConfig, faces: int, steps: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: UniF2aceConfig, faces: int, steps: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.config, self.faces = config, faces
         with torch.device(device):
-            self.model = UniF2ace(config).to(dtype).eval()
+            self.model = UniF2aceForConditionalGeneration(config).to(dtype).eval()
         words = min(WORDS, config.text_slots - 3)
         texts = torch.randint(1, config.vocabulary.text, (faces, words)).tolist()
         self.captions = texts
@@ -61,7 +65,7 @@ class Loops:
         batch = t2i_batch(self.prompts, ids.repeat(2, 1), self.config)
         dtype = self.model.head.weight.dtype
         batch = dataclasses.replace(batch, semantic=batch.semantic.to(dtype), identity=batch.identity.to(dtype))
-        return self.model.head(self.model(batch).hidden).float()
+        return self.model(**vars(batch)).logits.float()
 
     @torch.no_grad()
     def choose(self, logits: Tensor, ids: Tensor, ratio: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -106,7 +110,7 @@ class Loops:
         return 0.0 if right else math.inf
 
 
-def _work(config: ModelConfig, faces: int, steps: int, dtype: torch.dtype, device: torch.device) -> Work:
+def _work(config: UniF2aceConfig, faces: int, steps: int, dtype: torch.dtype, device: torch.device) -> Work:
     loops = Loops(config, faces, steps, dtype, device)
     choose = compiled(loops.choose)
     baselines = {
@@ -119,29 +123,31 @@ def _work(config: ModelConfig, faces: int, steps: int, dtype: torch.dtype, devic
     return Work(ours=loops.ours, baselines=baselines, error=loops.error, tolerance=0.0)
 
 
-def _weights_of_a_token(config: ModelConfig) -> float:
+def _weights_of_a_token(config: UniF2aceConfig) -> float:
     """Of the layers: attention and the experts that a token uses."""
     moe = config.token_moe
-    width = config.ffn if moe is None else moe.top_k * moe.width + moe.shared_width
-    return config.layers * (4.0 * config.hidden**2 + 2.0 * config.hidden * width)
+    width = (config.intermediate_size if moe is None or moe.dense else 0) + (
+        0 if moe is None else moe.top_k * moe.width + moe.shared_width
+    )
+    return config.num_hidden_layers * (4.0 * config.hidden_size**2 + 2.0 * config.hidden_size * width)
 
 
 def _cases() -> Iterator[Case]:
     for shape, config, faces, steps, source, devices in MODELS:
         tokens = 2.0 * faces * (config.image_tokens + 2) * steps
         masked = sum(math.cos(math.pi * step / (2 * steps)) for step in range(steps)) * faces * config.image_tokens
-        head = masked * config.hidden * config.vocabulary.codes
+        head = masked * config.hidden_size * config.vocabulary.codes
         weights = _weights_of_a_token(config)
         sizes = {
-            "B": faces, "N": config.image_tokens, "text": config.text_slots, "T": steps, "D": config.hidden,
-            "layers": config.layers, "V": config.vocabulary.size, "codes": config.vocabulary.codes,
+            "B": faces, "N": config.image_tokens, "text": config.text_slots, "T": steps, "D": config.hidden_size,
+            "layers": config.num_hidden_layers, "V": config.vocabulary.size, "codes": config.vocabulary.codes,
         }  # fmt: skip
         for dtype in (torch.float32, torch.bfloat16) if shape == "smoke" else (torch.float32,):
             if shape.startswith("base"):
                 dtype = torch.bfloat16
             yield Case(
                 "sampling.generate", shape, sizes, source, FORWARD, dtype, 2.0 * (tokens * weights + head),
-                steps * (weights + config.hidden * config.vocabulary.codes) * dtype.itemsize,
+                steps * (weights + config.hidden_size * config.vocabulary.codes) * dtype.itemsize,
                 lambda device, config=config, faces=faces, steps=steps, dtype=dtype: _work(
                     config, faces, steps, dtype, device
                 ),

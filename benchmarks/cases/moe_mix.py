@@ -13,8 +13,8 @@ from ..case import FORWARD, TOLERANCE, TRAINING, Baseline, Case, Outputs, Work, 
 MIXES = [  # B, L, M, D
     ("smoke", (2, 4, 2, 16), "made up, tiny", ("cpu", "cuda")),
     ("demo", (44, 64, 3, 192), "the demo's model, 44 faces a step", ("cpu", "cuda")),
-    ("paper-16", (16, 256, 2, 2048), "ModelConfig.base(), 16 images of 256 tokens", ("cpu", "cuda")),
-    ("paper-16x1024", (16, 1024, 2, 2048), "ModelConfig.base(), 16 images of 1,024 tokens", ("cuda",)),
+    ("paper-16", (16, 256, 2, 2048), "UniF2aceConfig.base(), 16 images of 256 tokens", ("cpu", "cuda")),
+    ("paper-16x1024", (16, 1024, 2, 2048), "UniF2aceConfig.base(), 16 images of 1,024 tokens", ("cuda",)),
 ]
 
 

@@ -1,6 +1,5 @@
 """A model on disk: back to the same bits, whole or not there, and every way it can be wrong said in one line."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -12,12 +11,12 @@ import torch
 from safetensors import SafetensorError
 
 from unif2ace import checkpoint as module
-from unif2ace.checkpoint import CONFIG, TEXT, WEIGHTS, Checkpoint
+from unif2ace.checkpoint import CONFIG, INDEX, PROCESSOR, TEXT, WEIGHTS, Checkpoint
 from unif2ace.configs import VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.text_tokenizer import END, TextTokenizer
-from unif2ace.model.transformer import UniF2ace
 
 TEXT_TOKENIZER = tiny.text_tokenizer()
 
@@ -26,7 +25,7 @@ def make(seed=0, **changes) -> Checkpoint:
     torch.manual_seed(seed)
     config = tiny.config(vocabulary=VocabularyConfig(TEXT_TOKENIZER.size, 16), **changes)
     tokenizer = ImageTokenizer(ImageTokenizerConfig(side=16, bits=4, fine=8, coarse=8, blocks=1))
-    return Checkpoint(UniF2ace(config).eval(), tokenizer.eval(), TEXT_TOKENIZER)
+    return Checkpoint.of(UniF2aceForConditionalGeneration(config).eval(), tokenizer, TEXT_TOKENIZER)
 
 
 def outputs(checkpoint: Checkpoint) -> list[torch.Tensor]:
@@ -34,7 +33,7 @@ def outputs(checkpoint: Checkpoint) -> list[torch.Tensor]:
     batch = tiny.single(tiny.mixed(config=config))
     codes = torch.arange(16).view(4, 4)
     with torch.no_grad():
-        return [checkpoint.model(batch).hidden, checkpoint.image_tokenizer.decode(codes)]
+        return [checkpoint.model(**vars(batch)).last_hidden_state, checkpoint.image_tokenizer.decode(codes)]
 
 
 def same_outputs(a: Checkpoint, b: Checkpoint) -> bool:
@@ -76,7 +75,9 @@ def test_a_model_comes_back_to_the_bit(tmp_path, changes):
 def test_a_new_one_takes_the_place_of_the_old(saved):
     make(seed=1).save(saved)
     assert same_outputs(Checkpoint.load(saved), make(seed=1))
-    assert os.listdir(saved.parent) == ["checkpoint"] and sorted(os.listdir(saved)) == sorted([CONFIG, WEIGHTS, TEXT])
+    assert os.listdir(saved.parent) == ["checkpoint"]
+    files = [CONFIG, "generation_config.json", WEIGHTS, TEXT, "tokenizer_config.json", PROCESSOR]
+    assert sorted(os.listdir(saved)) == sorted(files)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, TEXT])
@@ -114,14 +115,13 @@ def edit(saved, change) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda config: config.pop("model"),
-        lambda config: config.pop("image_tokenizer"),
-        lambda config: config.update(model="text"),
-        lambda config: config["model"].update(hiden=3),
-        lambda config: config["model"].update(hidden="wide"),
-        lambda config: config["model"].update(token_moe=7),
-        lambda config: config["model"]["token_moe"].update(top_k=100),
+        lambda config: config.update(hiden=3),
+        lambda config: config.update(hidden_size="wide"),
+        lambda config: config.update(token_moe=7),
+        lambda config: config["token_moe"].update(top_k=100),
         lambda config: config["image_tokenizer"].update(colour=True),
+        lambda config: config["image_tokenizer"].update(kind="painter"),
+        lambda config: config.update(vocab_size=7),
     ],
 )
 def test_a_config_that_describes_no_model_is_named(saved, change):
@@ -129,13 +129,20 @@ def test_a_config_that_describes_no_model_is_named(saved, change):
     assert_one_line(saved, CONFIG, "does not describe a model")
 
 
+@pytest.mark.parametrize("kind", [None, "phi"])
+def test_a_config_of_another_kind_of_model_is_named(saved, kind):
+    edit(saved, lambda config: config.update(model_type=kind))
+    assert_one_line(saved, CONFIG, "unif2ace")
+
+
 @pytest.mark.parametrize(
     "change,name",
     [
-        (lambda config: config["model"].update(hidden=64), "attention"),
-        (lambda config: config["model"].update(layers=1), "blocks.1"),
-        (lambda config: config["model"].update(layers=3), "blocks.2"),
-        (lambda config: config["model"].update(token_moe=None), "experts"),
+        (lambda config: config.update(hidden_size=64), "blocks.0"),
+        (lambda config: config.update(num_hidden_layers=1), "blocks.1"),
+        (lambda config: config.update(num_hidden_layers=3), "blocks.2"),
+        (lambda config: config.update(token_moe=None), "ffn"),
+        (lambda config: config.update(image_tokenizer=None), "image_tokenizer"),
         (lambda config: config["image_tokenizer"].update(bits=5), "bits"),
     ],
 )
@@ -144,16 +151,43 @@ def test_weights_of_another_model_are_not_taken(saved, change, name):
     assert_one_line(saved, CONFIG, WEIGHTS, "different models", name)
 
 
+def test_shards_come_back_to_the_bit(tmp_path):
+    """And one that is cut short or missing is said."""
+    before = make()
+    folder = tmp_path / "checkpoint"
+    before.save(folder, max_shard_size="60KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2 and (folder / INDEX).is_file() and not (folder / WEIGHTS).exists()
+    assert same_outputs(before, Checkpoint.load(folder))
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content[: len(content) // 2])
+    assert_one_line(folder, "damaged")
+    shards[1].unlink()
+    assert_one_line(folder, "damaged")
+
+
+def test_the_dtype_is_that_of_the_weights_unless_asked(tmp_path):
+    checkpoint = make()
+    checkpoint.model.bfloat16()
+    checkpoint.save(tmp_path / "checkpoint")
+    assert Checkpoint.load(tmp_path / "checkpoint").model.dtype == torch.bfloat16
+    wide = Checkpoint.load(tmp_path / "checkpoint", dtype=torch.float32).model
+    for (name, a), b in zip(wide.state_dict().items(), checkpoint.model.state_dict().values()):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float()), name
+
+
 def test_a_text_tokenizer_without_its_end_token_is_not_taken(saved):
     """Of the right size, so that only the token tells."""
     (saved / TEXT).write_text(TEXT_TOKENIZER.tokenizer.to_str().replace(END, "<|another|>"))
-    assert_one_line(saved, TEXT, END)
+    assert_one_line(saved, TEXT)
 
 
 def test_a_text_tokenizer_of_another_model_is_not_taken(saved):
     """Its ids would run into the special tokens', or name other words."""
-    TextTokenizer.train(["another text altogether"], size=300).save(saved / TEXT)
-    assert_one_line(saved, CONFIG, TEXT, "different models")
+    TextTokenizer.train(["the quick brown fox jumps over the lazy dog " * 9], size=2000).save(saved / TEXT)
+    edit(saved, lambda config: config["vocabulary"].update(text=100))
+    edit(saved, lambda config: [config.pop("vocab_size"), config.pop("pad_token_id")])
+    assert_one_line(saved, "different models")
 
 
 def test_a_tokenizer_without_an_end_is_not_taken(saved):
@@ -184,14 +218,14 @@ def test_a_full_disk_leaves_the_old_one(saved, size):
     assert_old_one_is_whole(saved)
 
 
-@pytest.mark.parametrize("writer", ["save", "write_json", "text"])
+@pytest.mark.parametrize("writer", ["model", "processor"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("no space")])
 def test_whichever_file_does_not_fit_the_old_one_stays(saved, monkeypatch, writer, error):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise error
 
-    owner, name = (TextTokenizer, "save") if writer == "text" else (module, writer)
-    monkeypatch.setattr(owner, name, fail)
+    kinds = {"model": module.UniF2aceForConditionalGeneration, "processor": module.UniF2aceProcessor}
+    monkeypatch.setattr(kinds[writer], "save_pretrained", fail)
     with pytest.raises(UserError, match="cannot write .*checkpoint.*free space"):
         make(seed=1).save(saved)
     monkeypatch.undo()
@@ -202,7 +236,7 @@ def test_ctrl_c_while_saving_leaves_the_old_one(saved, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_json", stop)
+    monkeypatch.setattr(module.UniF2aceProcessor, "save_pretrained", stop)
     with pytest.raises(KeyboardInterrupt):
         make(seed=1).save(saved)
     monkeypatch.undo()
@@ -228,9 +262,3 @@ def test_a_place_that_cannot_hold_it_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         make().save(tmp_path / "file" / "checkpoint")
-
-
-def test_configs_are_stored_whole(saved):
-    config = json.loads((saved / CONFIG).read_text())
-    assert config["model"] == json.loads(json.dumps(make().model.config.to_dict()))
-    assert config["image_tokenizer"] == dataclasses.asdict(make().image_tokenizer.config)

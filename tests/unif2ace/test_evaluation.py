@@ -14,7 +14,7 @@ from unif2ace.data.attributes import ATTRIBUTES, NAMES, classify, fit_thresholds
 from unif2ace.data.dataset import FaceSet
 from unif2ace.evaluation import quality
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.training.recipe import EncodedFaces
 
 
@@ -114,7 +114,7 @@ def case():
     faces = FaceSet(images, classify(values, thresholds), thresholds, identity, 6, {})
     codes, semantic = tokenizer.encode(to_images(torch.from_numpy(images[6:])))
     encoded = EncodedFaces(codes, semantic, torch.from_numpy(identity[6:]), faces.classes[6:])
-    return Checkpoint(UniF2ace(config).eval(), tokenizer, text), faces, encoded
+    return Checkpoint.of(UniF2aceForConditionalGeneration(config).eval(), tokenizer, text), faces, encoded
 
 
 def test_expert_use_is_shares_of_choices(case):
@@ -125,7 +125,7 @@ def test_expert_use_is_shares_of_choices(case):
     for task, name in enumerate(TASKS):
         for level, experts in (("token", config.token_moe.experts[task]), ("sequence", 4)):
             shares = np.array(use[f"{level}_{name}"])
-            assert shares.shape == (config.layers, experts)
+            assert shares.shape == (config.num_hidden_layers, experts)
             assert np.allclose(shares.sum(1), 1) and shares.max() <= 0.5 + 1e-9  # of two choices that differ
 
 
@@ -133,7 +133,7 @@ def test_expert_use_is_shares_of_choices(case):
 def test_expert_use_leaves_out_a_level_that_the_model_does_not_have(case, missing, left):
     checkpoint, _, encoded = case
     config = dataclasses.replace(checkpoint.model.config, **{f"{missing}_moe": None})
-    changed = dataclasses.replace(checkpoint, model=UniF2ace(config).eval())
+    changed = dataclasses.replace(checkpoint, model=UniF2aceForConditionalGeneration(config).eval())
     assert list(quality._expert_use(changed, encoded, seed=0)) == [f"{left}_{task}" for task in TASKS]
 
 

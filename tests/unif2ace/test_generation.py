@@ -5,15 +5,15 @@ import pytest
 import tiny
 import torch
 
-from unif2ace.configs import ModelConfig, VocabularyConfig
+from unif2ace.configs import UniF2aceConfig, VocabularyConfig
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.generation import text as text_generation
 from unif2ace.generation.image import PaintSettings, paint_codes
 from unif2ace.generation.text import answer
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.prefix import TextPrefix
 from unif2ace.model.sequences import Batch, mmu_batch, t2i_batch, t2i_prompts
-from unif2ace.model.transformer import UniF2ace
 from unif2ace.training.optimizers import OptimizerConfig, build
 
 FACES, STEPS, RATE = 4, 120, 1e-2
@@ -26,12 +26,12 @@ class Learned:
         torch.manual_seed(seed)
         torch.set_num_threads(1)
         self.text = tiny.text_tokenizer()
-        self.config = ModelConfig(
-            vocabulary=VocabularyConfig(self.text.size, 64), hidden=32, layers=2, heads=4, image_tokens=16,
+        self.config = UniF2aceConfig(
+            vocabulary=VocabularyConfig(self.text.size, 64), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_tokens=16,
             text_slots=48, identity=6, semantic=5, token_moe=tiny.CONFIG.token_moe,
             sequence_moe=tiny.CONFIG.sequence_moe,
         )  # fmt: skip
-        self.model = UniF2ace(self.config)
+        self.model = UniF2aceForConditionalGeneration(self.config)
         self.faces = tiny.encoded_faces(FACES, self.config)
         self.captions = [self.text.encode(captions.full_caption(classes)) for classes in self.faces.classes]
         rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ class Learned:
         for step in range(STEPS):
             for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = RATE * (1 - step / STEPS)
-            loss, self.terms = self.model.loss(self.batch(step))
+            loss, self.terms = tiny.loss(self.model, self.batch(step))
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
@@ -138,7 +138,7 @@ def test_an_answer_that_does_not_end_is_cut(learned, monkeypatch):
 
 def opinionless(config=tiny.CONFIG):
     torch.manual_seed(3)
-    return UniF2ace(config).eval()
+    return UniF2aceForConditionalGeneration(config).eval()
 
 
 def paint(rows=4, model=None, **settings):

@@ -9,11 +9,11 @@ import torch
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.cli import main
 from unif2ace.cli.info import parameters
-from unif2ace.configs import ModelConfig, SequenceMoEConfig, TokenMoEConfig, VocabularyConfig
+from unif2ace.configs import SequenceMoEConfig, TokenMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.importers import parts
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unif2ace.model.magvit import Magvit, MagvitConfig
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 CONFIGS = {
     "full": tiny.CONFIG,
@@ -26,7 +26,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_parameter_is_counted_once(config):
-    total = sum(parameter.numel() for parameter in UniF2ace(config).parameters())
+    total = sum(parameter.numel() for parameter in UniF2aceForConditionalGeneration(config).parameters())
     found = parameters(config)
     assert sum(part.total for part in found) == total
     assert all(0 <= used <= part.total for part in found for used in part.used)
@@ -52,30 +52,30 @@ def test_base_lands_at_the_papers_size(capsys):
     last = [line for line in lines if line.startswith("| all")][0].split("|")
     total, t2i, mmu = (int(each.replace(",", "")) for each in last[2:5])
     with torch.device("meta"):
-        assert total == sum(parameter.numel() for parameter in UniF2ace(ModelConfig.base()).parameters())
+        assert total == sum(parameter.numel() for parameter in UniF2aceForConditionalGeneration(UniF2aceConfig.base()).parameters())
     assert round(total / 1e9, 2) == 1.80 and round(t2i / 1e9, 2) == 1.01 and round(mmu / 1e9, 2) == 1.03
     rows = [line for line in lines if line.startswith("| ") and "parameters" not in line]
     columns = zip(*([int(each.replace(",", "")) for each in row.split("|")[2:5]] for row in rows))
     assert [sum(column[:-1]) for column in columns] == [total, t2i, mmu] and len(rows) > 10
 
 
-def make(folder) -> ModelConfig:
+def make(folder) -> UniF2aceConfig:
     text = tiny.text_tokenizer()
-    config = tiny.config(vocabulary=VocabularyConfig(text.size, 16), layers=1)
+    config = tiny.config(vocabulary=VocabularyConfig(text.size, 16), num_hidden_layers=1)
     image = ImageTokenizer(ImageTokenizerConfig(side=16, bits=4, fine=8, coarse=8, blocks=1))
-    Checkpoint(UniF2ace(config), image, text).save(folder)
+    Checkpoint.of(UniF2aceForConditionalGeneration(config), image, text).save(folder)
     return config
 
 
 def test_a_checkpoint_and_an_import_tell_their_config(tmp_path, capsys):
     config = make(tmp_path / "whole")
-    parts.save(UniF2ace(config), tmp_path / "part")
+    parts.save(UniF2aceForConditionalGeneration(config), tmp_path / "part")
     told = []
     for name in ("whole", "part"):
         assert main(["info", str(tmp_path / name)]) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1]
-    assert ModelConfig.from_dict(json.loads(told[0].splitlines()[-1])) == config
+    assert UniF2aceConfig.from_dict(json.loads(told[0].splitlines()[-1])) == config
     text, first = config.vocabulary.text, config.vocabulary.code_range[0]
     words = f"vocabulary: {config.vocabulary.size} = {text} text [0, {text}) + 10 special [{text}, {first}) + 16 image"
     assert words in told[0] and f"mask {config.vocabulary.mask}" in told[0]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unif2ace.errors import UserError
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.training import loop
 from unif2ace.training.loop import Schedule, fit
 from unif2ace.training.optimizers import OptimizerConfig, build
@@ -26,7 +26,7 @@ class Run:
 
     def __init__(self, folder, **options):
         torch.manual_seed(0)
-        self.model = UniF2ace(tiny.CONFIG)
+        self.model = UniF2aceForConditionalGeneration(tiny.CONFIG)
         self.ema = copy.deepcopy(self.model)
         self.optimizers = build(self.model, OptimizerConfig())
         self.path = folder / "state.pt"
@@ -38,7 +38,7 @@ class Run:
         self.seen.append(step)
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return self.model.loss(tiny.single(tiny.mixed(seed=step)))
+        return tiny.loss(self.model, tiny.single(tiny.mixed(seed=step)))
 
     def fit(self):
         return fit(self.model, self.optimizers, self.loss, SCHEDULE, self.path, **self.options)

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from unif2ace.configs import MMU, T2I, LossConfig, SequenceMoEConfig
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import IGNORE, Batch
-from unif2ace.model.transformer import UniF2ace
 
 V = tiny.CONFIG.vocabulary
 N = tiny.CONFIG.image_tokens
@@ -21,6 +21,9 @@ VARIANTS = {
     "no sequence experts": tiny.config(sequence_moe=None),
     "dense": tiny.config(token_moe=None, sequence_moe=None),
     "no encoders": tiny.config(sequence_moe=SequenceMoEConfig(clip=False, face=False)),
+    "experts beside the FFN": tiny.config(
+        token_moe=dataclasses.replace(tiny.CONFIG.token_moe, shared_width=0, dense=True)
+    ),
     "Show-o": tiny.config(token_moe=None, sequence_moe=None, parallel_block=True, image_positions=False),
 }
 
@@ -30,9 +33,9 @@ def config(request):
     return request.param
 
 
-def hidden(model: UniF2ace, batch: Batch) -> torch.Tensor:
+def hidden(model: UniF2aceForConditionalGeneration, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return model(batch).hidden
+        return model(**vars(batch)).last_hidden_state
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -48,10 +51,10 @@ def test_t2i_text_does_not_depend_on_the_image(config):
     """So its keys and values are the same in every sampling step, and may be cached."""
     model, batch = tiny.lively(config), tiny.mixed(config=config)
     t2i, soi = batch.task == T2I, int(batch.image_start[0]) - 1
-    tokens = batch.tokens.clone()
+    tokens = batch.input_ids.clone()
     image = slice(soi + 1, soi + 1 + N)
     tokens[t2i, image] = V.code_range[0] + (tokens[t2i, image] + 3) % V.codes
-    other = tiny.replaced(batch, tokens=tokens, mask_prob=batch.mask_prob * 0.3)
+    other = tiny.replaced(batch, input_ids=tokens, mask_prob=batch.mask_prob * 0.3)
     before, after = hidden(model, batch)[t2i], hidden(model, other)[t2i]
     assert_same(before[:, :soi], after[:, :soi])
     assert (moved(before[:, soi:], after[:, soi:]) > 1e-3).all()
@@ -59,19 +62,19 @@ def test_t2i_text_does_not_depend_on_the_image(config):
 
 def test_the_image_depends_on_the_caption(config):
     model, batch = tiny.lively(config), tiny.mixed(config=config)
-    tokens = batch.tokens.clone()
+    tokens = batch.input_ids.clone()
     tokens[0, int(batch.image_start[0]) - 3] += 1
-    after = moved(hidden(model, batch), hidden(model, tiny.replaced(batch, tokens=tokens)))
+    after = moved(hidden(model, batch), hidden(model, tiny.replaced(batch, input_ids=tokens)))
     assert after[0] > 1e-3 and after[1:].max() < 1e-9, "rows of a batch do not mix"
 
 
 def test_later_text_changes_nothing_before_it_in_mmu(config):
     model, batch = tiny.lively(config), tiny.mixed(config=config)
     mmu = (batch.task == MMU).nonzero()[:, 0]
-    ends = batch.valid[mmu].sum(1)
-    tokens = batch.tokens.clone()
+    ends = batch.attention_mask[mmu].sum(1)
+    tokens = batch.input_ids.clone()
     tokens[mmu, ends - 1] = 1 + tokens[mmu, ends - 1] % (V.text - 1)
-    before, after = hidden(model, batch), hidden(model, tiny.replaced(batch, tokens=tokens))
+    before, after = hidden(model, batch), hidden(model, tiny.replaced(batch, input_ids=tokens))
     for row, end in zip(mmu, ends):
         assert_same(before[row, : end - 1], after[row, : end - 1])
         assert (before[row, end - 1] - after[row, end - 1]).abs().max() > 1e-3
@@ -81,29 +84,29 @@ def test_every_mmu_row_sees_the_whole_image(config):
     """Full attention over the prefix: the last code reaches <mmu>, the very first position, and all the text."""
     model, batch = tiny.lively(config), tiny.mixed(config=config)
     mmu = batch.task == MMU
-    tokens = batch.tokens.clone()
+    tokens = batch.input_ids.clone()
     tokens[mmu, 1 + N] = V.code_range[0] + (tokens[mmu, 1 + N] + 3) % V.codes
-    before, after = hidden(model, batch)[mmu], hidden(model, tiny.replaced(batch, tokens=tokens))[mmu]
-    assert ((before - after).abs().amax(-1)[batch.valid[mmu]] > 1e-6).all()
+    before, after = hidden(model, batch)[mmu], hidden(model, tiny.replaced(batch, input_ids=tokens))[mmu]
+    assert ((before - after).abs().amax(-1)[batch.attention_mask[mmu]] > 1e-6).all()
 
 
 def test_what_stands_on_padding_changes_nothing(config):
     model, batch = tiny.lively(config), tiny.mixed(config=config)
-    tokens = torch.where(batch.valid, batch.tokens, (3 + torch.arange(batch.tokens.shape[1])) % V.text)
-    assert not torch.equal(tokens, batch.tokens)
-    after = hidden(model, tiny.replaced(batch, tokens=tokens))
-    assert_same(hidden(model, batch)[batch.valid], after[batch.valid])
+    tokens = torch.where(batch.attention_mask, batch.input_ids, (3 + torch.arange(batch.input_ids.shape[1])) % V.text)
+    assert not torch.equal(tokens, batch.input_ids)
+    after = hidden(model, tiny.replaced(batch, input_ids=tokens))
+    assert_same(hidden(model, batch)[batch.attention_mask], after[batch.attention_mask])
 
 
 def test_more_padding_on_the_right_changes_nothing(config):
     model, batch = tiny.lively(config), tiny.mixed(config=config)
-    longer = {"tokens": V.pad, "valid": False, "labels": IGNORE}
+    longer = {"input_ids": V.pad, "attention_mask": False, "labels": IGNORE}
     longer = {name: F.pad(getattr(batch, name), (0, 8), value=value) for name, value in longer.items()}
-    after = hidden(model, tiny.replaced(batch, **longer))[:, : batch.tokens.shape[1]]
-    assert_same(hidden(model, batch)[batch.valid], after[batch.valid])
+    after = hidden(model, tiny.replaced(batch, **longer))[:, : batch.input_ids.shape[1]]
+    assert_same(hidden(model, batch)[batch.attention_mask], after[batch.attention_mask])
 
 
-def route_mmu_to(model: UniF2ace, expert: int) -> None:
+def route_mmu_to(model: UniF2aceForConditionalGeneration, expert: int) -> None:
     with torch.no_grad():
         for block in model.blocks:
             block.sequence.router.bias[4 + expert] = 1e4
@@ -142,28 +145,28 @@ def test_without_a_face_expert_nothing_depends_on_the_identity():
 
 def test_tokens_go_to_the_experts_of_their_rows_task():
     model, batch = tiny.lively(), tiny.mixed()
-    output = model(batch)
-    assert len(output.token_routings) == len(output.sequence_routings) == tiny.CONFIG.layers
-    task = batch.task[:, None].expand(batch.tokens.shape)[batch.valid]
+    output = model(**vars(batch))
+    assert len(output.token_routings) == len(output.sequence_routings) == tiny.CONFIG.num_hidden_layers
+    task = batch.task[:, None].expand(batch.input_ids.shape)[batch.attention_mask]
     for routing in output.token_routings:
-        assert len(routing.expert) == batch.valid.sum() < batch.valid.numel(), "padding is nobody's token"
+        assert len(routing.expert) == batch.attention_mask.sum() < batch.attention_mask.numel(), "padding is nobody's token"
         routed = routing.expert[:, :2]
         assert ((routed >= 3).all(1) == (task == MMU)).all() and ((routed < 3).all(1) == (task == T2I)).all()
 
 
 def test_image_hidden_is_the_images_part():
     model, batch = tiny.lively(), tiny.mixed()
-    output = model(batch)
-    picked = model.image_hidden(output, batch)
+    output = model(**vars(batch))
+    picked = model.image_hidden(output, batch.image_start)
     for row, start in enumerate(batch.image_start.tolist()):
-        assert torch.equal(picked[row], output.hidden[row, start : start + N])
+        assert torch.equal(picked[row], output.last_hidden_state[row, start : start + N])
 
 
 def test_image_positions_tell_equal_codes_apart():
     model, batch = tiny.lively(), tiny.mixed()
     before = hidden(model, batch)
     with torch.no_grad():
-        model.image_position[2] += torch.randn(tiny.CONFIG.hidden)
+        model.image_position[2] += torch.randn(tiny.CONFIG.hidden_size)
     assert (moved(before, hidden(model, batch)) > 1e-3).all()
 
 
@@ -172,18 +175,18 @@ def test_image_positions_tell_equal_codes_apart():
 
 def test_gradients_reach_every_parameter(config):
     """A mixed batch large enough that every expert is chosen; no parameter is an exception."""
-    model, batch = UniF2ace(config).double(), tiny.mixed(config=config, rows=8)
-    model.loss(batch)[0].backward()
+    model, batch = UniF2aceForConditionalGeneration(config).double(), tiny.mixed(config=config, rows=8)
+    tiny.loss(model, batch)[0].backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
     if config.token_moe is not None:
         for block in model.blocks:
-            assert (block.ffn.experts_w_in.grad.abs().sum((1, 2)) > 0).all(), "an expert that nobody chose"
+            assert (block.experts.experts_w_in.grad.abs().sum((1, 2)) > 0).all(), "an expert that nobody chose"
 
 
-def losses_by_hand(model: UniF2ace, batch: Batch) -> dict[str, torch.Tensor]:
+def losses_by_hand(model: UniF2aceForConditionalGeneration, batch: Batch) -> dict[str, torch.Tensor]:
     """Both terms of D3Diff and next-token prediction, from the logits, row by row."""
-    logits = model.head(model(batch).hidden)
+    logits = model.head(model(**vars(batch)).last_hidden_state)
     first, stop = V.code_range
     mask, score, text, samples = [], [], [], 0
     for row, task in enumerate(batch.task.tolist()):
@@ -218,11 +221,11 @@ LOSSES = {
 def test_the_loss_is_what_its_terms_come_to_by_hand(loss):
     config = tiny.config(loss=loss)
     model, batch = tiny.lively(config), tiny.mixed(config=config)
-    total, terms = model.loss(batch)
+    total, terms = tiny.loss(model, batch)
     expected = losses_by_hand(model, batch)
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value.detach(), check_dtype=False)
-    output = model(batch)
+    output = model(**vars(batch))
     balance = sum(each.balance_loss for each in output.token_routings + output.sequence_routings)
     torch.testing.assert_close(terms["balance"], balance.detach(), check_dtype=False)
     d3diff_loss = loss.mask * expected["mask"] + loss.alpha * expected["score"]
@@ -236,7 +239,7 @@ def test_a_switched_off_term_has_no_gradient():
     def gradient(**changes):
         config = tiny.config(loss=LossConfig(mmu=0.0, **changes))
         model = tiny.lively(config)
-        model.loss(tiny.mixed(config=config))[0].backward()
+        tiny.loss(model, tiny.mixed(config=config))[0].backward()
         return model.head.weight.grad[first:stop]
 
     mask, score, both = gradient(alpha=0.0), gradient(alpha=1.0, mask=0.0), gradient(alpha=1.0)
@@ -250,8 +253,8 @@ def test_the_joint_loss_is_the_two_tasks_losses():
     config = tiny.config(token_moe=None, sequence_moe=None)
     model = tiny.lively(config)
     parts = tiny.double(tiny.t2i(config=config), tiny.mmu((5, 2, 7, 4, 4), config=config))
-    together, terms = model.loss(Batch.join(parts, V.pad))
-    (t2i, t2i_terms), (mmu, mmu_terms) = (model.loss(part) for part in parts)
+    together, terms = tiny.loss(model, Batch.join(parts, V.pad))
+    (t2i, t2i_terms), (mmu, mmu_terms) = (tiny.loss(model, part) for part in parts)
     torch.testing.assert_close(together, t2i + mmu)
     for name in ("mask", "score", "mask_accuracy"):
         torch.testing.assert_close(terms[name], t2i_terms[name])
@@ -265,7 +268,7 @@ def test_the_joint_loss_is_the_two_tasks_losses():
 def test_a_batch_of_one_task_trains(config, make):
     model = tiny.lively(config)
     (batch,) = tiny.double(make(config=config))
-    total, terms = model.loss(batch)
+    total, terms = tiny.loss(model, batch)
     total.backward()
     assert total.isfinite() and terms["mask" if make is tiny.t2i else "mmu"] > 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -273,8 +276,8 @@ def test_a_batch_of_one_task_trains(config, make):
 
 def test_accuracy_counts_the_targets_ranked_first():
     model, batch = tiny.lively(), tiny.mixed()
-    _, terms = model.loss(batch)
-    logits = model.head(model(batch).hidden)
+    _, terms = tiny.loss(model, batch)
+    logits = model.head(model(**vars(batch)).last_hidden_state)
     first, stop = V.code_range
     wanted = batch.labels != IGNORE
     generates = (batch.task == T2I)[:, None].expand_as(wanted)
@@ -290,7 +293,7 @@ def test_accuracy_counts_the_targets_ranked_first():
 def test_readings_of_the_score_are_passed_on():
     readings = ("radd", "bayes", "unnormalized", "full_vocab")
     configs = [tiny.config(loss=LossConfig(alpha=1.0, score=reading)) for reading in readings]
-    losses = [tiny.lively(config).loss(tiny.mixed(config=config))[0].item() for config in configs]
+    losses = [tiny.loss(tiny.lively(config), tiny.mixed(config=config))[0].item() for config in configs]
     assert len({round(loss, 6) for loss in losses}) == len(readings)
 
 
@@ -299,19 +302,19 @@ def test_the_weights_of_the_score_are_the_configs(changes):
     config = tiny.config(loss=LossConfig(alpha=1.0, mask=0.0, mmu=0.0, **changes))
     usual = tiny.config(loss=LossConfig(alpha=1.0, mask=0.0, mmu=0.0))
     (batch,) = tiny.double(tiny.t2i())
-    scores = [tiny.lively(each).loss(batch)[1]["score"].item() for each in (config, usual)]
+    scores = [tiny.loss(tiny.lively(each), batch)[1]["score"].item() for each in (config, usual)]
     assert abs(scores[0] - scores[1]) > 0.1
 
 
 def test_bf16_autocast_stays_near_float32(config):
     """Forward and backward under the demo's autocast, experts included."""
-    model, batch = UniF2ace(config), tiny.single(tiny.mixed(config=config))
-    exact = model.loss(batch)[0]
+    model, batch = UniF2aceForConditionalGeneration(config), tiny.single(tiny.mixed(config=config))
+    exact = tiny.loss(model, batch)[0]
     exact.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model.loss(batch)[0]
+        rounded = tiny.loss(model, batch)[0]
     rounded.backward()
     assert rounded.dtype == torch.float32
     assert abs(rounded.item() - exact.item()) < 0.02 * exact.item()

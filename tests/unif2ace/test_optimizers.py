@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import nn
 
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.training.optimizers import OptimizerConfig, StackedMuon, build
 
 OPTIONS = {"lr": 0.03, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
@@ -66,7 +66,7 @@ def trained_by(optimizers, model):
     ids=["full", "parallel", "no token experts", "no sequence experts"],
 )
 def test_every_parameter_is_in_exactly_one(config):
-    model = UniF2ace(config)
+    model = UniF2aceForConditionalGeneration(config)
     muon, adamw = build(model, OptimizerConfig())
     where = trained_by([muon, adamw], model)
     assert all(len(each) == 1 for each in where.values()), where
@@ -78,17 +78,17 @@ def test_every_parameter_is_in_exactly_one(config):
 
 
 def test_a_step_of_both_moves_every_parameter():
-    model = UniF2ace(tiny.CONFIG)
+    model = UniF2aceForConditionalGeneration(tiny.CONFIG)
     optimizers = build(model, OptimizerConfig(lr=0.01, matrix_lr=0.01))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.loss(tiny.single(tiny.mixed(rows=8)))[0].backward()
+    tiny.loss(model, tiny.single(tiny.mixed(rows=8)))[0].backward()
     for optimizer in optimizers:
         optimizer.step()
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
 
 
 def test_rates_are_the_configs():
-    muon, adamw = build(UniF2ace(tiny.CONFIG), OptimizerConfig(lr=0.5, matrix_lr=0.25, weight_decay=0.125))
+    muon, adamw = build(UniF2aceForConditionalGeneration(tiny.CONFIG), OptimizerConfig(lr=0.5, matrix_lr=0.25, weight_decay=0.125))
     assert {group["lr"] for group in muon.param_groups} == {0.25}
     assert {group["lr"] for group in adamw.param_groups} == {0.5}
     assert {group["weight_decay"] for each in (muon, adamw) for group in each.param_groups} == {0.125}

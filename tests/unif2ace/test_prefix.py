@@ -5,18 +5,18 @@ import tiny
 import torch
 from test_model import VARIANTS, assert_same
 
-from unif2ace.configs import ModelConfig
+from unif2ace.configs import UniF2aceConfig
 from unif2ace.generation.image import PaintSettings, paint_codes
+from unif2ace.model.modeling import Block, UniF2aceForConditionalGeneration
 from unif2ace.model.prefix import TextPrefix
 from unif2ace.model.sequences import t2i_batch, t2i_prompts
-from unif2ace.model.transformer import Block, UniF2ace
 from unif2ace_kernels import sampling
 
 N = tiny.CONFIG.image_tokens
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
-def config(request) -> ModelConfig:
+def config(request) -> UniF2aceConfig:
     return request.param
 
 
@@ -24,7 +24,7 @@ def prompts_of(lengths, config) -> torch.Tensor:
     return t2i_prompts(tiny.texts(lengths, config=config), tiny.END, config)
 
 
-def images(rows: int, config: ModelConfig, seed: int = 0) -> torch.Tensor:
+def images(rows: int, config: UniF2aceConfig, seed: int = 0) -> torch.Tensor:
     """[rows, N] codes, some of them masked."""
     rng = torch.Generator().manual_seed(seed)
     codes = config.vocabulary.code_range[0] + torch.randint(config.vocabulary.codes, (rows, N), generator=rng)
@@ -32,10 +32,10 @@ def images(rows: int, config: ModelConfig, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def whole(model: UniF2ace, prompts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def whole(model: UniF2aceForConditionalGeneration, prompts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The states of the image tokens when the whole sequence runs."""
     (batch,) = tiny.double(t2i_batch(prompts, ids, model.config))
-    return model.image_hidden(model(batch), batch)
+    return model.image_hidden(model(**vars(batch)), batch.image_start)
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 4), (1, 1), (0,)], ids=str)
@@ -50,7 +50,7 @@ def test_steps_after_a_prefix_are_those_of_the_whole_sequence(config, lengths):
 def test_only_the_rows_that_are_wanted(config):
     model, prompts = tiny.lively(config), prompts_of((3, 0, 4), config)
     ids, rows = images(3, config), torch.tensor([[3, 0], [1, 2], [0, 1]])
-    want = whole(model, prompts, ids).gather(1, rows[:, :, None].expand(-1, -1, config.hidden))
+    want = whole(model, prompts, ids).gather(1, rows[:, :, None].expand(-1, -1, config.hidden_size))
     assert_same(TextPrefix(model, prompts).image_hidden(ids, rows), want)
 
 
@@ -69,9 +69,9 @@ def test_the_last_layer_runs_masked_rows_alone(monkeypatch):
     seen = []
     feed_forward = Block.feed_forward
 
-    def counted(self, x, context, output):
+    def counted(self, x, context):
         seen.append(tuple(x.shape[:2]))
-        return feed_forward(self, x, context, output)
+        return feed_forward(self, x, context)
 
     monkeypatch.setattr(Block, "feed_forward", counted)
     for config, last in ((tiny.config(sequence_moe=None), (3, 2)), (tiny.CONFIG, (3, N + 2))):

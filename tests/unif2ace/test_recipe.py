@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from unif2ace.configs import MMU, T2I, ModelConfig, VocabularyConfig
+from unif2ace.configs import MMU, T2I, UniF2aceConfig, VocabularyConfig
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import IGNORE
-from unif2ace.model.transformer import UniF2ace
 from unif2ace.training.recipe import Recipe, RecipeConfig, initialise_codes
 
 SIZES = RecipeConfig(t2i=12, mmu=7, questions=2, guidance_dropout=0.3, seed=3)
@@ -24,7 +24,7 @@ def text():
 
 
 @pytest.fixture(scope="module")
-def config(text) -> ModelConfig:
+def config(text) -> UniF2aceConfig:
     return tiny.config(vocabulary=VocabularyConfig(text.size, 16), text_slots=48, image_tokens=16)
 
 
@@ -39,7 +39,7 @@ def recipe(faces, text, config) -> Recipe:
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values()))
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a) if name != "layout")
 
 
 def rows(batch, task):
@@ -64,7 +64,7 @@ def test_a_batch_hangs_on_seed_and_step_alone(faces, text, config):
 
 
 def test_steps_mask_other_places_at_other_times(recipe, config):
-    masks = [(recipe.batch(step).tokens == config.vocabulary.mask)[: SIZES.t2i] for step in range(2)]
+    masks = [(recipe.batch(step).input_ids == config.vocabulary.mask)[: SIZES.t2i] for step in range(2)]
     assert not torch.equal(masks[0].sum(1), masks[1].sum(1))
 
 
@@ -78,7 +78,7 @@ def test_as_many_codes_are_masked_as_the_schedule_says(recipe, config):
     for step in range(5):
         batch = recipe.batch(step)
         for row in rows(batch, T2I):
-            masked = (batch.tokens[row] == config.vocabulary.mask).sum().item()
+            masked = (batch.input_ids[row] == config.vocabulary.mask).sum().item()
             assert masked == max(1, round(config.image_tokens * batch.mask_prob[row].item()))
         time = torch.arccos(batch.mask_prob[: SIZES.t2i].double()) * 2 / torch.pi
         assert time.mul(SIZES.t2i).floor().sort().values.tolist() == pytest.approx(list(range(SIZES.t2i)), abs=1)
@@ -91,7 +91,7 @@ def test_targets_are_the_masked_codes_of_a_face(recipe, faces, config):
     batch = recipe.batch(0)
     for row in rows(batch, T2I):
         image = image_of(batch, row, config)
-        tokens, labels = batch.tokens[row, image], batch.labels[row, image]
+        tokens, labels = batch.input_ids[row, image], batch.labels[row, image]
         masked = tokens == config.vocabulary.mask
         assert torch.equal(labels != IGNORE, masked)
         assert tuple(torch.where(masked, labels, tokens).tolist()) in known
@@ -100,7 +100,7 @@ def test_targets_are_the_masked_codes_of_a_face(recipe, faces, config):
 
 def caption_ids(batch, row, config, end):
     """What stands between <t2i> <end> and <end> <soi>."""
-    tokens = batch.tokens[row, : config.text_slots]
+    tokens = batch.input_ids[row, : config.text_slots]
     tokens = tokens[tokens != config.vocabulary.pad].tolist()
     assert tokens[:2] == [config.vocabulary.t2i, end] and tokens[-1] == end
     return tokens[2:-1]
@@ -113,7 +113,7 @@ def test_captions_are_of_the_face_that_is_masked(recipe, faces, text, config):
     for row in rows(batch, T2I):
         ids = caption_ids(batch, row, config, text.end)
         image = image_of(batch, row, config)
-        labels, tokens = batch.labels[row, image], batch.tokens[row, image]
+        labels, tokens = batch.labels[row, image], batch.input_ids[row, image]
         codes = torch.where(labels == IGNORE, tokens, labels) - first
         face = (faces.codes == codes).all(1).nonzero().item()
         said = text.decode(ids)
@@ -136,10 +136,10 @@ def test_answers_and_their_ends_are_the_targets(recipe, faces, text, config):
     batch = recipe.batch(0)
     for row in rows(batch, MMU):
         image = image_of(batch, row, config)
-        face = (faces.codes == batch.tokens[row, image] - first).all(1).nonzero().item()
+        face = (faces.codes == batch.input_ids[row, image] - first).all(1).nonzero().item()
         assert torch.equal(batch.identity[row], faces.identity[face])
         assert torch.equal(batch.semantic[row], faces.semantic[face])
-        tokens, labels = batch.tokens[row], batch.labels[row]
+        tokens, labels = batch.input_ids[row], batch.labels[row]
         wanted = torch.zeros_like(tokens, dtype=torch.bool)
         wanted[1:] = labels[:-1] != IGNORE
         assert torch.equal(tokens[1:][wanted[1:]], labels[:-1][wanted[1:]]), "a target is the next token"
@@ -160,7 +160,7 @@ def test_answers_and_their_ends_are_the_targets(recipe, faces, text, config):
 
 
 def test_a_batch_trains(recipe, config):
-    loss, terms = UniF2ace(config).loss(recipe.batch(0))
+    loss, terms = tiny.loss(UniF2aceForConditionalGeneration(config), recipe.batch(0))
     assert loss.isfinite() and terms["mask"] > 0 and terms["mmu"] > 0
 
 
@@ -168,8 +168,8 @@ def test_codes_that_share_bits_start_out_similar(config):
     """Alike in the embedding and in the head, the more bits the more alike; sizes and other rows stay."""
     torch.manual_seed(0)
     bits = 6
-    config = tiny.config(vocabulary=VocabularyConfig(40, 2**bits), hidden=256)
-    model = UniF2ace(config)
+    config = tiny.config(vocabulary=VocabularyConfig(40, 2**bits), hidden_size=256, num_attention_heads=4)
+    model = UniF2aceForConditionalGeneration(config)
     before = [each.weight.detach().clone() for each in (model.embedding, model.head)]
     tokenizer = ImageTokenizer(ImageTokenizerConfig(side=16, bits=bits, fine=8, coarse=8, blocks=1))
     initialise_codes(model, tokenizer)

@@ -1,15 +1,14 @@
 """The sequence-level experts against a loop over samples and experts, and what each may and may not depend on."""
 
-import dataclasses
-
 import pytest
 import tiny
 import torch
 
 from unif2ace.configs import MMU, T2I, SequenceMoEConfig
 from unif2ace.model.sequence_moe import CLIP, EXPERTS, FACE, NOISE, Injection, NoiseLevel, Resampler, SequenceMoE
+from unif2ace.model.sequences import Layout
 
-N, D = tiny.CONFIG.image_tokens, tiny.CONFIG.hidden
+N, D = tiny.CONFIG.image_tokens, tiny.CONFIG.hidden_size
 TASK = torch.tensor([T2I, MMU, MMU, T2I, MMU, T2I, T2I, MMU])
 ROUTER_COLUMN = {"noise": 2, "zero": 1, "clip": 4, "face": 5, "mmu copy": 6, "other mmu copy": 7}
 
@@ -95,7 +94,8 @@ def test_without_encoders_there_are_no_resamplers_for_them():
     config = tiny.config(sequence_moe=SequenceMoEConfig(clip=False, face=False))
     assert Injection(config).clip is None and Injection(config).face is None
     batch = tiny.mixed()
-    out = Injection(config).double()(batch.task, batch.mask_prob, batch.identity, batch.semantic)
+    layout = Layout.of(batch.attention_mask, batch.task, batch.image_start)
+    out = Injection(config).double()(layout, batch.mask_prob, batch.identity, batch.semantic)
     assert out[:, NOISE].abs().sum() > 0 and not out[:, [CLIP, FACE]].any()
 
 
@@ -106,7 +106,8 @@ def test_what_is_injected_depends_on_the_tasks_own_features_alone():
 
     def out(**changes):
         changed = tiny.replaced(batch, **changes)
-        return injection(changed.task, changed.mask_prob, changed.identity, changed.semantic)
+        layout = Layout.of(changed.attention_mask, changed.task, changed.image_start)
+        return injection(layout, changed.mask_prob, changed.identity, changed.semantic)
 
     before = out()
     t2i, mmu = batch.task == T2I, batch.task == MMU
@@ -154,7 +155,7 @@ def test_a_config_without_sequence_experts_is_named(kind):
 
 
 def test_the_gates_start_half_way_and_are_learned():
-    module = SequenceMoE(dataclasses.replace(tiny.CONFIG, sequence_moe=SequenceMoEConfig(top_k=4))).double()
+    module = SequenceMoE(tiny.config(sequence_moe=SequenceMoEConfig(top_k=4))).double()
     x, injected = inputs()
     module(x, TASK, injected)[0].square().sum().backward()
     assert torch.equal(torch.sigmoid(module.gate), torch.full((3,), 0.5, dtype=torch.float64))

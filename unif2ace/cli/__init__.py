@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from unif2ace.cli.importing import add_import
 from unif2ace.errors import UserError
 
 CHECKPOINT = Path("runs/demo/checkpoint")
@@ -14,7 +15,10 @@ CHECKPOINT = Path("runs/demo/checkpoint")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 1 with one line on stderr when the user can mend it, 130 on Ctrl-C."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, parsed.overrides = parser.parse_known_args(arguments)
+    if parsed.overrides and not getattr(parsed, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(parsed.overrides)}")
     try:
         parsed.run(parsed)
     except UserError as error:
@@ -54,13 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--question", required=True)
     ask.set_defaults(run=_ask)
 
-    importing = commands.add_parser("import", help="bring in other projects' weights: Show-o, Phi-1.5, MAGVIT-v2")
-    importing.add_argument("kind", choices=["showo", "phi", "magvit"])
-    importing.add_argument("path", type=Path, help="file of weights, index of shards, or the folder of either")
-    importing.add_argument("--out", required=True, type=Path, help="new folder to write")
-    importing.add_argument("--dense", action="store_true", help="without experts (showo, phi)")
-    importing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    importing.set_defaults(run=_import)
+    add_import(commands.add_parser("import", help="bring in other projects' weights: Show-o, Phi-1.5, MAGVIT-v2"))
+
+    precompute = commands.add_parser("precompute", help="pictures and words to shards that training reads fast")
+    precompute.add_argument("config", type=Path, nargs="?", help="YAML file; every key of it can be given as --a.b=c")
+    precompute.set_defaults(run=_precompute, takes_overrides=True)
 
     info = commands.add_parser("info", help="parameters by part, in all and used by a token")
     info.add_argument("checkpoint", help="folder of a checkpoint or of an import; or base, the 1.8B shape")
@@ -93,10 +95,10 @@ def _ask(parsed: argparse.Namespace) -> None:
     ask(parsed)
 
 
-def _import(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.commands import import_weights
+def _precompute(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.precompute import run
 
-    import_weights(parsed)
+    run(parsed)
 
 
 def _info(parsed: argparse.Namespace) -> None:

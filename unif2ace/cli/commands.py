@@ -1,4 +1,4 @@
-"""`unif2ace generate`, `unif2ace ask` and `unif2ace import`."""
+"""`unif2ace generate` and `unif2ace ask`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ import argparse
 import dataclasses
 
 import numpy as np
-import torch
 from PIL import Image
 
 from unif2ace.checkpoint import Checkpoint
-from unif2ace.data.identity import IdentityEncoder, face_from_file
+from unif2ace.data.identity import face_encoder, face_from_file
 from unif2ace.errors import UserError
 from unif2ace.files import replacing
 from unif2ace.generation.image import PaintSettings, paint
 from unif2ace.generation.text import answer_faces
-from unif2ace.importers import parts
-from unif2ace.importers.magvit import import_magvit
-from unif2ace.importers.phi import import_phi
-from unif2ace.importers.showo import import_showo
-from unif2ace.model.magvit import Magvit
-from unif2ace.model.transformer import UniF2ace
 
 LARGEST_COUNT = 64
 
@@ -49,20 +42,4 @@ def ask(parsed: argparse.Namespace) -> None:
     checkpoint = Checkpoint.load(parsed.checkpoint)
     side = checkpoint.image_tokenizer.config.side
     face = face_from_file(parsed.image, side)
-    identity = torch.from_numpy(IdentityEncoder().embed(face[None]))
-    print(answer_faces(checkpoint, face[None], identity, [parsed.question])[0])
-
-
-def import_weights(parsed: argparse.Namespace) -> None:
-    """Another project's weights as a part of a checkpoint, and what went where."""
-    parts.can_write(parsed.out)
-    if parsed.dense and parsed.kind == "magvit":
-        raise UserError("--dense: MAGVIT-v2 has no experts, leave it out")
-    part: UniF2ace | Magvit
-    if parsed.kind == "magvit":
-        part, told = import_magvit(parsed.path)
-    else:
-        read = import_showo if parsed.kind == "showo" else import_phi
-        part, told = read(parsed.path, dense=parsed.dense)
-    parts.save(part, parsed.out, parsed.dtype)
-    print("\n".join([*told, f"written: {parsed.out}"]))
+    print(answer_faces(checkpoint, face[None], face_encoder()(face[None]), [parsed.question])[0])

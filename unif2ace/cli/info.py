@@ -11,9 +11,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from unif2ace.configs import TASKS, ModelConfig
+from unif2ace.configs import TASKS, UniF2aceConfig
 from unif2ace.importers.parts import model_config
-from unif2ace.model.transformer import Block, UniF2ace
+from unif2ace.model.modeling import Block, UniF2aceForConditionalGeneration
 from unif2ace_kernels.moe import GroupedMoE
 
 
@@ -27,22 +27,22 @@ class Part(NamedTuple):
 
 def info(parsed: argparse.Namespace) -> None:
     """Print what the config of a checkpoint comes to; `base` is the 1.8B shape. No weights are read."""
-    config = ModelConfig.base() if parsed.checkpoint == "base" else model_config(Path(parsed.checkpoint))
+    config = UniF2aceConfig.base() if parsed.checkpoint == "base" else model_config(Path(parsed.checkpoint))
     print("\n".join([*table(parameters(config)), "", *vocabulary(config), "", json.dumps(config.to_dict())]))
 
 
-def parameters(config: ModelConfig) -> list[Part]:
+def parameters(config: UniF2aceConfig) -> list[Part]:
     """Every part of the model of `config`, counted on a model without memory.
 
     Used by a token: all of what it passes through. Embedding and head count whole; of routed experts its top-k, of the
     shared ones and of the routers' rows its own task's; of the sequence-level resamplers its task's.
     """
     with torch.device("meta"):
-        model = UniF2ace(config)
+        model = UniF2aceForConditionalGeneration(config)
     return [part for part in _parts(model) if part.total]
 
 
-def _parts(model: UniF2ace) -> Iterator[Part]:
+def _parts(model: UniF2aceForConditionalGeneration) -> Iterator[Part]:
     def whole(name: str, *modules: nn.Module | nn.Parameter | None) -> Part:
         total = sum(map(_count, modules))
         return Part(name, total, (total, total))
@@ -51,8 +51,8 @@ def _parts(model: UniF2ace) -> Iterator[Part]:
     yield whole("embedding", model.embedding, model.image_position)
     yield whole("attention", *(block.attention for block in blocks))
     yield whole("LayerNorms", model.norm, *(each for block in blocks for each in (block.norm, block.ffn_norm)))
-    yield whole("FFN", *(block.ffn for block in blocks if not isinstance(block.ffn, GroupedMoE)))
-    experts = [_token_experts(block.ffn) for block in blocks if isinstance(block.ffn, GroupedMoE)]
+    yield whole("FFN", *(block.ffn for block in blocks if block.ffn is not None))
+    experts = [_token_experts(block.experts) for block in blocks if block.experts is not None]
     for kinds in zip(*experts):
         yield _sum(kinds)
     yield whole("sequence-level routers", *(block.sequence for block in blocks))
@@ -101,7 +101,7 @@ def table(parts: list[Part]) -> list[str]:
     return lines + [f"| {name} | {total:,} | {used[0]:,} | {used[1]:,} |" for name, total, used in rows]
 
 
-def vocabulary(config: ModelConfig) -> list[str]:
+def vocabulary(config: UniF2aceConfig) -> list[str]:
     """Which ids are what."""
     words = config.vocabulary
     first, stop = words.code_range

@@ -144,7 +144,7 @@ def _by_attribute(values: np.ndarray) -> dict[str, float]:
 def _held_out_loss(checkpoint: Checkpoint, faces: EncodedFaces, seed: int) -> dict[str, float]:
     config = RecipeConfig(t2i=128, mmu=128, guidance_dropout=0.0, seed=seed)
     batch = Recipe(faces, checkpoint.text_tokenizer, checkpoint.model.config, config).batch(0)
-    return {name: value.item() for name, value in checkpoint.model.loss(batch)[1].items()}
+    return {name: value.item() for name, value in checkpoint.model(**vars(batch)).terms.items()}
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def _expert_use(checkpoint: Checkpoint, faces: EncodedFaces, seed: int) -> dict[
     """
     model = checkpoint.model
     config = RecipeConfig(t2i=64, mmu=64, guidance_dropout=0.0, seed=seed)
-    output = model(Recipe(faces, checkpoint.text_tokenizer, model.config, config).batch(0))
+    output = model(**vars(Recipe(faces, checkpoint.text_tokenizer, model.config, config).batch(0)))
     levels: list[tuple[str, list[moe.Routing], Sequence[int]]] = []
     if model.config.token_moe is not None:
         levels.append(("token", output.token_routings, model.config.token_moe.experts))

@@ -1,18 +1,20 @@
-"""Paint faces: masked discrete diffusion over the image codes, with classifier-free guidance."""
+"""Paint faces, or parts of them: masked discrete diffusion over the image codes, with classifier-free guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from unif2ace.checkpoint import Checkpoint
-from unif2ace.model.image_tokenizer import to_uint8
+from unif2ace.generation.masks import blended, touched
+from unif2ace.model.image_tokenizer import to_images, to_uint8
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.prefix import TextPrefix
 from unif2ace.model.sequences import t2i_prompts
-from unif2ace.model.transformer import UniF2ace
 from unif2ace_kernels import sampling
 
 
@@ -41,11 +43,12 @@ class PaintSettings:
 
 @torch.no_grad()
 def paint_codes(
-    model: UniF2ace,
+    model: UniF2aceForConditionalGeneration,
     captions: Sequence[Sequence[int]],
     end: int,
     settings: PaintSettings,
     on_step: Callable[[sampling.Step], None] | None = None,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Image codes for each caption.
 
@@ -55,6 +58,7 @@ def paint_codes(
         captions: token ids of each prompt.
         end: the text tokenizer's end token.
         on_step: called after every step.
+        known: [B, N] codes that stay as they are, -1 where one is to be painted; all of them when None.
 
     Returns:
         [B, N] codes in [0, codes).
@@ -69,8 +73,13 @@ def paint_codes(
     prefix = read.at(which)
     narrows = config.sequence_moe is None  # then the last layer needs masked rows alone, as many as the schedule says
 
+    start = torch.full((rows, config.image_tokens), vocabulary.mask, device=device)
+    blank = known is None or not bool((known >= 0).any())
+    if known is not None:
+        start = torch.where(known.to(device) >= 0, known.to(device) + vocabulary.code_range[0], start)
+
     def hidden(ids: torch.Tensor, step: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(step, int) and step == 0:  # every image is all masks: captions that are equal have equal states
+        if blank and isinstance(step, int) and step == 0:  # all masks: captions that are equal have equal states
             states = read.image_hidden(ids[:1])[which.to(device)]
         elif isinstance(step, int) and narrows:
             most = sampler.most_masked(step, ids.shape[1])
@@ -95,17 +104,98 @@ def paint_codes(
         top_p=settings.top_p,
         cuda_graph=settings.cuda_graph,
     )
-    start = torch.full((rows, config.image_tokens), vocabulary.mask, device=device)
     return sampler(start, seed=settings.seed, callback=on_step) - vocabulary.code_range[0]
 
 
-def paint(checkpoint: Checkpoint, prompts: Sequence[str], settings: PaintSettings) -> np.ndarray:
+class Preview(NamedTuple):
+    """A step's pictures.
+
+    Attributes:
+        index: 0, 1, ... of `steps`.
+        images: [B, side, side, 3] uint8: the whole prediction, greyed where it is still to be drawn again.
+    """
+
+    index: int
+    steps: int
+    images: np.ndarray
+
+
+OnPreview = Callable[[Preview], None]
+
+
+def paint(
+    checkpoint: Checkpoint, prompts: Sequence[str], settings: PaintSettings, on_step: OnPreview | None = None
+) -> np.ndarray:
     """Faces [B, side, side, 3] uint8 from texts.
+
+    Args:
+        on_step: called after every step with what is there of the pictures.
 
     Raises:
         UserError: a prompt is empty or too long.
     """
-    text = checkpoint.text_tokenizer
+    return _pictures(checkpoint, _codes(checkpoint, prompts, settings, on_step))
+
+
+def repaint(
+    checkpoint: Checkpoint,
+    images: np.ndarray,
+    masks: np.ndarray,
+    prompts: Sequence[str],
+    settings: PaintSettings,
+    on_step: OnPreview | None = None,
+) -> np.ndarray:
+    """Paint parts of pictures anew (in-painting).
+
+    Every image token that the mask touches is painted, from all that the others hold; they keep their codes. In the
+    result the pixels outside the mask are those of `images` to the bit, and the painting fades in within its border.
+    With a mask of everything the result is `paint`'s.
+
+    Args:
+        images: [B, side, side, 3] uint8, faces framed as the training faces are.
+        masks: [B, side, side] bool, True where to paint.
+        prompts, settings, on_step: as in `paint`.
+
+    Raises:
+        UserError: a prompt is empty or too long.
+    """
+    config, device = checkpoint.model.config, checkpoint.model.head.weight.device
+    codes, *_ = checkpoint.image_tokenizer.encode(to_images(torch.from_numpy(images)).to(device))
+    grid = int(config.image_tokens**0.5)
+    anew = torch.from_numpy(np.stack([touched(mask, grid) for mask in masks])).to(device)
+
+    def shown(painted: np.ndarray) -> np.ndarray:
+        return np.stack([blended(*each) for each in zip(images, painted, masks)])
+
+    def show(preview: Preview) -> None:
+        if on_step is not None:
+            on_step(preview._replace(images=shown(preview.images)))
+
+    codes = _codes(checkpoint, prompts, settings, show if on_step else None, codes.masked_fill(anew, -1))
+    return shown(_pictures(checkpoint, codes))
+
+
+def _codes(
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    settings: PaintSettings,
+    on_step: OnPreview | None,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
+    text, vocabulary = checkpoint.text_tokenizer, checkpoint.model.config.vocabulary
+
+    def show(step: sampling.Step) -> None:
+        if on_step is not None:
+            images = _pictures(checkpoint, step.sample - vocabulary.code_range[0])
+            grid = int(step.ids.shape[1] ** 0.5)
+            patch = images.shape[1] // grid
+            undecided = (step.ids == vocabulary.mask).view(-1, grid, grid).cpu().numpy()
+            undecided = undecided.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
+            on_step(Preview(step.index, step.steps, np.where(undecided, images // 4 + 96, images).astype(np.uint8)))
+
     ids = [text.encode(prompt) for prompt in prompts]
-    codes = paint_codes(checkpoint.model, ids, text.end, settings)
-    return to_uint8(checkpoint.image_tokenizer.decode(codes)).numpy()
+    return paint_codes(checkpoint.model, ids, text.end, settings, show if on_step else None, known)
+
+
+def _pictures(checkpoint: Checkpoint, codes: torch.Tensor) -> np.ndarray:
+    return to_uint8(checkpoint.image_tokenizer.decode(codes)).cpu().numpy()

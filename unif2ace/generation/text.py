@@ -10,15 +10,15 @@ import torch
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
 from unif2ace.model.image_tokenizer import to_images
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import mmu_batch
-from unif2ace.model.transformer import UniF2ace
 
 MAX_QUESTION = 64  # tokens
 
 
 @torch.no_grad()
 def answer(
-    model: UniF2ace,
+    model: UniF2aceForConditionalGeneration,
     codes: torch.Tensor,
     questions: Sequence[Sequence[int]],
     identity: torch.Tensor,
@@ -43,7 +43,7 @@ def answer(
         rows = torch.tensor(unfinished)
         batch = mmu_batch(codes[rows], [texts[row] for row in unfinished], identity[rows], semantic[rows], config)
         last = torch.tensor([config.image_tokens + 2 + len(texts[row]) for row in unfinished])
-        hidden = model(batch).hidden[torch.arange(len(rows)), last]
+        hidden = model(**vars(batch)).last_hidden_state[torch.arange(len(rows)), last]
         said = model.head(hidden)[:, : config.vocabulary.text].argmax(dim=-1).tolist()
         for row, token in zip(unfinished, said):
             texts[row].append(token)

@@ -14,7 +14,7 @@ from unif2ace.model.magvit import Down, Magvit, MagvitConfig, Residual, SelfAtte
 LICENCE = "MIT (as published at showlab/magvitv2)"
 
 
-def import_magvit(path: Path, config: MagvitConfig | None = None) -> tuple[Magvit, list[str]]:
+def import_magvit(path: Path | Weights, config: MagvitConfig | None = None) -> tuple[Magvit, list[str]]:
     """Read a MAGVIT-v2 of `config` (Show-o's sizes where none is given).
 
     Returns:
@@ -23,7 +23,7 @@ def import_magvit(path: Path, config: MagvitConfig | None = None) -> tuple[Magvi
     Raises:
         UserError: it is not one, whole and of these sizes, or its codes are numbered otherwise.
     """
-    weights = Weights(path)
+    weights = Weights.of(path)
     tokenizer = Magvit(config or MagvitConfig()).eval()
     powers, embedding = "quantize.power_vals", "quantize.embedding"
     sources = dict(_sources(tokenizer))
@@ -42,11 +42,14 @@ def import_magvit(path: Path, config: MagvitConfig | None = None) -> tuple[Magvi
         torch.equal(weights[powers], tokenizer.powers)
         and torch.equal(weights[embedding].float(), tokenizer.code_signs(every))
     ):
-        raise UserError(f"{path}: its codes are numbered in another way than Show-o's: it cannot be used with one")
+        raise UserError(
+            f"{weights.path}: its codes are numbered in another way than Show-o's: it cannot be used with one"
+        )
     for name, theirs in sources.items():
         values[name].copy_(torch.cat([weights[each] for each in theirs]).view_as(values[name]))
     count = sum(value.numel() for value in values.values())
-    return tokenizer, [f"licence: {weights.licence(LICENCE)}", f"placed: {len(shapes)} tensors, {count:,} parameters"]
+    placed = f"placed: {len(shapes)} tensors, {count:,} parameters"
+    return tokenizer, [f"licence: {weights.licence(LICENCE)}", *weights.checked, placed]
 
 
 def _sources(tokenizer: Magvit) -> Iterator[tuple[str, list[str]]]:

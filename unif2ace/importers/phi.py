@@ -9,6 +9,7 @@ it is trained. A Phi with `qk_layernorm` is taken exactly.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,14 @@ from typing import cast
 
 import torch
 
-from unif2ace.configs import ModelConfig, SequenceMoEConfig, TokenMoEConfig, VocabularyConfig
+from unif2ace.configs import SequenceMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
+from unif2ace.importers.texts import find_text_tokenizer, load_text_tokenizer
 from unif2ace.importers.weights import Weights
-from unif2ace.model.transformer import Block, FeedForward, UniF2ace
+from unif2ace.model.modeling import Block, UniF2aceForConditionalGeneration
 
 LICENCE = "MIT (as published at microsoft/phi-1_5)"
 NOT_PLACED = ("rotary_emb.inv_freq",)
-EXPERTS, TOP_K, PIECES = 8, 4, 16  # routed experts of each task, of them used, and FFN width / expert width
 TEXT_SLOTS = 129
 # What a Phi's config may say that ours cannot vary, and the values under which both compute the same.
 FIXED = {
@@ -37,11 +38,25 @@ FIXED = {
 
 
 @dataclass(frozen=True)
+class Options:
+    """What an import leaves to the user.
+
+    Attributes:
+        dense: without experts at either level.
+        identity, semantic: channels of the features that the sequence-level experts will read.
+    """
+
+    dense: bool = False
+    identity: int = 512
+    semantic: int = 1024
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What the shapes and the config.json of a PhiForCausalLM tell.
 
     Attributes:
-        rows: of the vocabulary. rotary: see `ModelConfig`.
+        rows: of the vocabulary. rotary: see `UniF2aceConfig`.
         qk_norm: whether queries and keys have a LayerNorm.
     """
 
@@ -104,44 +119,40 @@ class Sizes:
             shapes[f"{prefix}model.final_layernorm.{kind}"] = (D,)
         return shapes | {f"{prefix}lm_head.weight": (V, D), f"{prefix}lm_head.bias": (V,)}
 
-    def config(self, vocabulary: VocabularyConfig, image_tokens: int, *, dense: bool = False) -> ModelConfig:
-        """Our config of this backbone: with experts at their function-preserving start, or without any (`dense`)."""
-        token = None
-        if not dense:
-            if self.ffn % PIECES:
-                raise UserError(
-                    f"experts are {PIECES}ths of an FFN, and its width {self.ffn} is no multiple: use --dense"
-                )
-            width = self.ffn // PIECES
-            token = TokenMoEConfig((EXPERTS, EXPERTS), TOP_K, width=width, shared_width=self.ffn)
-        base = ModelConfig.base()
-        return ModelConfig(
+    def config(self, vocabulary: VocabularyConfig, image_tokens: int, options: Options) -> UniF2aceConfig:
+        """Our config of this backbone: with experts at their function-preserving start, or without any."""
+        base = UniF2aceConfig.base()
+        width = max(1, base.token_moe.width * self.ffn // base.intermediate_size)
+        token = None if options.dense else dataclasses.replace(base.token_moe, width=width)
+        return UniF2aceConfig(
             vocabulary=vocabulary,
-            hidden=self.hidden,
-            layers=self.layers,
-            heads=self.heads,
-            rotary=self.rotary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            partial_rotary_factor=self.rotary,
             parallel_block=True,
-            ffn=self.ffn,
+            intermediate_size=self.ffn,
             image_tokens=image_tokens,
             text_slots=TEXT_SLOTS,
             image_positions=False,
-            identity=base.identity,
-            semantic=base.semantic,
+            identity=options.identity,
+            semantic=options.semantic,
             token_moe=token,
-            sequence_moe=None if dense else SequenceMoEConfig(),
+            sequence_moe=None if options.dense else SequenceMoEConfig(),
         )
 
 
 @torch.no_grad()
-def build(config: ModelConfig, weights: Weights, prefix: str, sizes: Sizes, rows: int, seed: int = 0) -> UniF2ace:
+def build(
+    config: UniF2aceConfig, weights: Weights, prefix: str, sizes: Sizes, rows: int, seed: int = 0
+) -> UniF2aceForConditionalGeneration:
     """Our transformer with the backbone's weights, `rows` of its vocabulary, and experts that change nothing yet.
 
     What the backbone has not (routers, resamplers, further vocabulary rows) is drawn from `seed`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = UniF2ace(config).eval()
+        model = UniF2aceForConditionalGeneration(config).eval()
     model.embedding.weight[:rows] = weights[f"{prefix}model.embed_tokens.weight"][:rows]
     model.head.weight[:rows] = weights[f"{prefix}lm_head.weight"][:rows]
     model.head.bias[:rows] = weights[f"{prefix}lm_head.bias"][:rows]
@@ -161,27 +172,30 @@ def build(config: ModelConfig, weights: Weights, prefix: str, sizes: Sizes, rows
         for kind in ("weight", "bias"):
             each = [weights[f"{prefix}model.{layer}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
             getattr(block.attention.qkv, kind).copy_(torch.cat(each))
-        if isinstance(block.ffn, FeedForward):
-            take(block.ffn.w_in, f"{layer}.mlp.fc1")
-            take(block.ffn.w_out, f"{layer}.mlp.fc2")
-        else:
-            names = (f"{layer}.mlp.{name}.{kind}" for name in ("fc1", "fc2") for kind in ("weight", "bias"))
-            block.ffn.load_dense(*(weights[f"{prefix}model.{name}"].float() for name in names))
+        take(block.ffn.w_in, f"{layer}.mlp.fc1")
+        take(block.ffn.w_out, f"{layer}.mlp.fc2")
+        if block.experts is not None:
+            block.start_from_dense()
         if block.sequence is not None:
             block.sequence.start_as_identity()
     return model
 
 
 def import_phi(
-    path: Path, *, text: int = 50295, codes: int = 8192, image_tokens: int = 256, dense: bool = False
-) -> tuple[UniF2ace, list[str]]:
+    path: Path | Weights,
+    *,
+    text: int | None = None,
+    codes: int = 8192,
+    image_tokens: int = 256,
+    options: Options = Options(),  # noqa: B008  it is frozen
+) -> tuple[UniF2aceForConditionalGeneration, list[str]]:
     """Read a PhiForCausalLM.
 
     Args:
-        path: a file of weights, an index of shards, or the folder of either.
-        text: tokens that its tokenizer gives out, the first rows of its vocabulary.
+        path: a file of weights, an index of shards, or the folder of either; or those weights, open.
+        text: tokens that its tokenizer gives out, the first rows of its vocabulary; None: as many as the
+            tokenizer.json beside the weights has, Phi-1.5's 50295 where there is none.
         codes: of the image tokenizer to come. image_tokens: of one face.
-        dense: without experts at either level.
 
     Returns:
         The model, and lines that say what went where.
@@ -189,15 +203,21 @@ def import_phi(
     Raises:
         UserError: it is not one, whole and of one shape throughout.
     """
-    weights = Weights(path)
+    weights = Weights.of(path)
     sizes = Sizes.read(weights, "", "a Phi")
+    if text is None:
+        beside = find_text_tokenizer(weights.path)
+        text = VocabularyConfig().text if beside is None else load_text_tokenizer(beside).size
     if sizes.rows < text:
-        raise UserError(f"{path}: its vocabulary has {sizes.rows} rows, fewer than the {text} text tokens asked for")
+        raise UserError(
+            f"{weights.path}: its vocabulary has {sizes.rows} rows, fewer than the {text} text tokens asked for"
+        )
     unplaced = weights.check(sizes.shapes(""), "a Phi", NOT_PLACED)
-    config = sizes.config(VocabularyConfig(text, codes), image_tokens, dense=dense)
+    config = sizes.config(VocabularyConfig(text, codes), image_tokens, options)
     model = build(config, weights, "", sizes, text)
     told = [
         f"licence: {weights.licence(LICENCE)}",
+        *weights.checked,
         f"placed: {sizes.layers} layers, text tokens 0 to {text - 1}",
         f"begun anew: the vocabulary's other {config.vocabulary.size - text} rows",
         f"left: {sizes.rows - text} rows that no text token uses",
@@ -213,7 +233,7 @@ def not_placed(names: list[str]) -> list[str]:
     return [f"not placed: {', '.join(names)}"] if names else []
 
 
-def experts_told(config: ModelConfig) -> list[str]:
+def experts_told(config: UniF2aceConfig) -> list[str]:
     if config.token_moe is None:
         return ["experts: none"]
-    return ["experts: at a start that changes nothing: the shared ones are the FFN, the others answer zero or copy"]
+    return ["experts: beside each FFN, at a start that changes nothing: those of tokens answer zero, of images copy"]

@@ -12,19 +12,23 @@ from pathlib import Path
 from unif2ace.configs import VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.importers import phi
+from unif2ace.importers.phi import Options
 from unif2ace.importers.weights import Weights
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 LICENCE = "MIT or Apache-2.0 (as published with each of Show Lab's models; the code is Apache-2.0)"
 PREFIX = "showo."
 
 
-def import_showo(path: Path, *, dense: bool = False) -> tuple[UniF2ace, list[str]]:
+def import_showo(
+    path: Path | Weights,
+    options: Options = Options(),  # noqa: B008  it is frozen
+) -> tuple[UniF2aceForConditionalGeneration, list[str]]:
     """Read a Show-o.
 
     Args:
-        path: a file of weights, an index of shards, or the folder of either, with its config.json.
-        dense: without experts at either level.
+        path: a file of weights, an index of shards, or the folder of either, with its config.json; or those weights,
+            open.
 
     Returns:
         The model, and lines that say what went where.
@@ -32,7 +36,7 @@ def import_showo(path: Path, *, dense: bool = False) -> tuple[UniF2ace, list[str
     Raises:
         UserError: it is not one, whole, of one shape throughout and of the vocabulary that its config names.
     """
-    weights = Weights(path)
+    weights = Weights.of(path)
     sizes = dataclasses.replace(phi.Sizes.read(weights, PREFIX, "a Show-o"), qk_norm=True)
     defaults = VocabularyConfig()
     vocabulary = VocabularyConfig(
@@ -40,14 +44,15 @@ def import_showo(path: Path, *, dense: bool = False) -> tuple[UniF2ace, list[str
     )
     if sizes.rows != vocabulary.size:
         raise UserError(
-            f"{path}: its vocabulary has {sizes.rows} rows, but {vocabulary.text} text tokens, 10 special ones, "
-            f"{vocabulary.codes} image codes and a mask make {vocabulary.size}: put its own config.json beside it"
+            f"{weights.path}: its vocabulary has {sizes.rows} rows, but {vocabulary.text} text tokens, 10 special "
+            f"ones, {vocabulary.codes} image codes and a mask make {vocabulary.size}: put its own config.json beside it"
         )
     unplaced = weights.check(sizes.shapes(PREFIX), "a Show-o", (*phi.NOT_PLACED, "mm_projector."))
-    config = sizes.config(vocabulary, weights.whole("num_vq_tokens", 256), dense=dense)
+    config = sizes.config(vocabulary, weights.whole("num_vq_tokens", 256), options)
     model = phi.build(config, weights, PREFIX, sizes, sizes.rows)
     told = [
         f"licence: {weights.licence(LICENCE)}",
+        *weights.checked,
         f"placed: {sizes.layers} layers, all {sizes.rows} rows of the vocabulary",
     ]
     return model, told + phi.not_placed(unplaced) + phi.experts_told(config)

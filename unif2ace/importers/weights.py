@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from unif2ace import checksums
 from unif2ace.errors import UserError
 from unif2ace.files import read_json
 
@@ -22,24 +22,27 @@ class Weights:
     Attributes:
         path: what the user named.
         files: that hold the tensors.
+        checked: a line that says which files were held against their SHA-256.
         shapes: of every tensor by its name.
     """
 
-    def __init__(self, path: Path, allow_pickle: bool = False) -> None:
+    def __init__(self, path: Path, allow_pickle: bool = False, sha256: Mapping[str, str] | None = None) -> None:
         """Open a file, a folder with one model in it, or the index of a sharded one.
 
         Args:
             allow_pickle: open torch's own files, which are pickles, too. Only tensors are taken from them, by torch's
                 restricted reader; in a folder, safetensors come first.
+            sha256: file name to sum; see `checksums.check`, which comes before a file is opened.
 
         Raises:
-            UserError: there is nothing to read, a file is damaged, a shard is missing or not the index's, or it is a
-                pickle and those are not allowed.
+            UserError: there is nothing to read, a file is damaged or another than its sum says, a shard is missing or
+                not the index's, or it is a pickle and those are not allowed.
         """
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._read: dict[str, Callable[[], torch.Tensor]] = {}
         self.files, index = _files(self.path, allow_pickle)
+        self.checked = checksums.check(self.files, sha256)
         holder: dict[str, Path] = {}
         for file in self.files:
             for name, (shape, read) in _open(file).items():
@@ -49,6 +52,11 @@ class Weights:
         for name, file in index.items():
             if holder.get(name) != file:
                 raise UserError(f"{file} does not hold {name} as the index says: copy index and shards again")
+
+    @classmethod
+    def of(cls, given: Path | Weights) -> Weights:
+        """Weights that are open, or those at a path."""
+        return given if isinstance(given, Weights) else cls(given)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         try:
@@ -171,7 +179,7 @@ def _open(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Ten
         }
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged pickle asks the reader for anything
         raise UserError(f"{damaged}, or holds more than tensors ({_first_line(error)}): copy it again") from error
     if not isinstance(content, dict) or not all(isinstance(each, torch.Tensor) for each in content.values()):
         raise UserError(f"{file} holds no plain dictionary of tensors: save the model's state_dict()")

@@ -53,8 +53,6 @@ class Residual(nn.Module):
 class ImageTokenizer(nn.Module):
     """See the module's text. Images are float [B, 3, side, side] in [-1, 1]."""
 
-    powers: torch.Tensor
-
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
@@ -70,7 +68,6 @@ class ImageTokenizer(nn.Module):
         self.decode_up = nn.Conv2d(coarse, 4 * fine, 1)
         self.decode_fine = nn.Sequential(Residual(fine), nn.SiLU(), nn.Conv2d(fine, 4 * fine, 1))
         self.to_pixels = nn.Conv2d(fine, 12, 3, padding=1)
-        self.register_buffer("powers", 2 ** torch.arange(bits), persistent=False)
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """[B, bits, grid, grid] before quantisation."""
@@ -97,6 +94,11 @@ class ImageTokenizer(nn.Module):
         grid = self.config.grid
         signs = self.code_signs(codes).transpose(1, 2).reshape(len(codes), -1, grid, grid)
         return self.render(signs).clamp(-1, 1)
+
+    @property
+    def powers(self) -> torch.Tensor:
+        """[bits] what each sign adds to a code."""
+        return 2 ** torch.arange(self.config.bits, device=self.encode_position.device)
 
     def code_signs(self, codes: torch.Tensor) -> torch.Tensor:
         """[..., bits] of -1 and 1 from codes [...]."""

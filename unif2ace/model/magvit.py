@@ -146,8 +146,6 @@ def _decoder(config: MagvitConfig) -> nn.Sequential:
 class Magvit(nn.Module):
     """See the module's text. Images are float [B, 3, side, side] in [-1, 1]."""
 
-    powers: torch.Tensor
-
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__()
         if len(config.encoder) != len(config.decoder):
@@ -156,7 +154,6 @@ class Magvit(nn.Module):
             raise ValueError(f"side: expected a multiple of {config.patch}, got {config.side}")
         self.config = config
         self.encoder, self.decoder = _encoder(config), _decoder(config)
-        self.register_buffer("powers", 2 ** torch.arange(config.bits).flip(0), persistent=False)
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """[B, bits, grid, grid] before quantisation.
@@ -191,6 +188,11 @@ class Magvit(nn.Module):
             raise ValueError(f"codes: expected shape [B, {grid * grid}], got {list(codes.shape)}")
         signs = self.code_signs(codes).transpose(1, 2).reshape(len(codes), -1, grid, grid)
         return self.render(signs).clamp(-1, 1)
+
+    @property
+    def powers(self) -> torch.Tensor:
+        """[bits] what each sign adds to a code, the first channel's most."""
+        return 2 ** torch.arange(self.config.bits, device=next(self.parameters()).device).flip(0)
 
     def code_signs(self, codes: torch.Tensor) -> torch.Tensor:
         """[..., bits] of -1 and 1 from codes [...]."""

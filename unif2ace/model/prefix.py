@@ -21,8 +21,9 @@ import torch
 
 from unif2ace.configs import T2I
 from unif2ace.model.attention import rotary_table
+from unif2ace.model.modeling import Block, Context, UniF2aceForConditionalGeneration, at_rows
 from unif2ace.model.sequence_moe import NOISE
-from unif2ace.model.transformer import Block, Context, Output, UniF2ace, at_rows
+from unif2ace.model.visibility import Visibility
 
 
 class TextPrefix:
@@ -34,34 +35,48 @@ class TextPrefix:
     """
 
     @torch.no_grad()
-    def __init__(self, model: UniF2ace, prompts: torch.Tensor) -> None:
+    def __init__(self, model: UniF2aceForConditionalGeneration, prompts: torch.Tensor) -> None:
         config, device = model.config, model.head.weight.device
         slots, length = prompts.shape[1], config.image_tokens + 2
         self.model = model
         seen = prompts != config.vocabulary.pad
         first = int(seen.any(0).int().argmax())  # the longest caption begins here
         prompts, seen = prompts[:, first:].to(device), seen[:, first:].to(device)
-        cos, sin = (each.to(device) for each in rotary_table(slots + length, model.rotary_channels))
-        self._table = cos[slots:], sin[slots:]
-        self._cache = self._read(prompts, seen, (cos[first:slots], sin[first:slots]), length)
-        self._mask = torch.nn.functional.pad(seen, (0, length), value=True)[:, None, None]
+        place = torch.arange(slots + length, device=device)
+        before, after = (
+            rotary_table(each, model.rotary_channels, config.rope_theta) for each in (place[first:slots], place[slots:])
+        )
+        self._table = after
+        self._cache = self._read(prompts, seen, before, length)
+        self._seen = torch.nn.functional.pad(seen, (0, length), value=True)
         ends = [config.vocabulary.start_of_image, config.vocabulary.end_of_image]
         self._ends = torch.tensor(ends, device=device)
         self._prepare()
 
     def _prepare(self) -> None:
         """What the steps share besides the cache, for its number of rows."""
-        config, weight, rows = self.model.config, self.model.head.weight, len(self._mask)
-        self._task = torch.full((rows * (config.image_tokens + 2),), T2I, device=weight.device)
-        self._injected = None
+        config, weight, rows = self.model.config, self.model.head.weight, len(self._seen)
+        task = torch.full((rows * (config.image_tokens + 2),), T2I, device=weight.device)
+        injected = None
         if self.model.injection is not None:
-            self._injected = weight.new_zeros(rows, 3, config.image_tokens, config.hidden)
+            injected = weight.new_zeros(rows, 3, config.image_tokens, config.hidden_size)
+        self._context = Context(
+            Visibility.everything(self._seen),
+            "sdpa",
+            self._table,
+            None,
+            task,
+            None,
+            task[:rows],
+            slice(1, -1),
+            injected,
+        )
 
     def at(self, rows: torch.Tensor) -> TextPrefix:
         """The captions at `rows`, in a cache of their own; one may come several times."""
-        rows = rows.to(self._mask.device)
+        rows = rows.to(self._seen.device)
         other = copy.copy(self)
-        other._cache, other._mask = [(k[rows], v[rows]) for k, v in self._cache], self._mask[rows]
+        other._cache, other._seen = [(k[rows], v[rows]) for k, v in self._cache], self._seen[rows]
         other._prepare()
         return other
 
@@ -69,19 +84,19 @@ class TextPrefix:
         self, prompts: torch.Tensor, seen: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], room: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's keys and values [R, H, S + room, C] of prompts [R, S], `seen` where they are not padding."""
-        model, slots = self.model, prompts.shape[1]
-        causal = torch.ones(slots, slots, dtype=torch.bool, device=prompts.device).tril()
-        itself = torch.eye(slots, dtype=torch.bool, device=prompts.device)  # all that padding sees
+        model = self.model
         real = seen.flatten().nonzero()[:, 0]
         task = torch.full((len(real),), T2I, device=prompts.device)
-        context = Context((causal & seen[:, None, :] | itself)[:, None], table, task[:0], None, None, real, task)
+        no_image = torch.full((len(prompts),), -1, device=prompts.device)
+        visibility = Visibility(seen, torch.full_like(no_image, T2I), no_image, model.config.image_tokens)
+        context = Context(visibility, "sdpa", table, real, task, None, task[:0], None, None)
         x = model.embedding(prompts)
         cache = []
         for index, block in enumerate(cast(list[Block], model.blocks)):
             k, v = block.attention.key_value(block.norm(x), table)
             cache.append((torch.nn.functional.pad(k, (0, 0, 0, room)), torch.nn.functional.pad(v, (0, 0, 0, room))))
             if index + 1 < len(model.blocks):
-                x = block(x, context, Output(x))
+                x, *_ = block(x, context)
         return cache
 
     @torch.no_grad()
@@ -101,18 +116,16 @@ class TextPrefix:
         x = model.embedding(torch.cat([ends[:, :1], ids, ends[:, 1:]], dim=1))
         if model.image_position is not None:
             x[:, 1:-1] += model.image_position.to(x.dtype)
-        if model.injection is not None and self._injected is not None:
+        injected = self._context.injected
+        if model.injection is not None and injected is not None:
             mask_prob = (ids == vocabulary.mask).float().mean(dim=1)
             noise = model.injection.noise(model.injection.level(mask_prob))
-            self._injected.unflatten(0, (-1, len(ids)))[:, :, NOISE] = noise
-        task = self._task[: len(self._mask)]
-        context = Context(self._mask, self._table, task, slice(1, -1), self._injected, None, self._task)
-        output = Output(x)
+            injected.unflatten(0, (-1, len(ids)))[:, :, NOISE] = noise
         narrow = None
         for index, (block, cache) in enumerate(zip(model.blocks, self._cache)):
             if rows is not None and index + 1 == len(model.blocks) and block.sequence is None:
                 narrow = rows + 1
-            x = block(x, context, output, cache, narrow)
+            x, *_ = block(x, self._context, prefix=cache, rows=narrow)
         if narrow is None:
             x = x[:, 1:-1] if rows is None else at_rows(x, rows + 1)
         return model.norm(x)

@@ -18,8 +18,9 @@ import math
 import torch
 from torch import nn
 
-from unif2ace.configs import MMU, T2I, ModelConfig
+from unif2ace.configs import UniF2aceConfig
 from unif2ace.model.attention import attend
+from unif2ace.model.sequences import Layout
 from unif2ace_kernels import moe
 
 EXPERTS = (("copy", "zero", "noise", "copy"), ("clip", "face", "copy", "copy"))
@@ -54,27 +55,25 @@ class Resampler(nn.Module):
 
 
 class NoiseLevel(nn.Module):
-    """Sinusoidal embedding of the masked share m in (0, 1], [B] to [B, 1, channels]."""
-
-    frequency: torch.Tensor
+    """Sinusoidal embedding of the masked share m in (0, 1], [B] to [B, 1, channels], float32."""
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
-        frequency = torch.exp(torch.linspace(0.0, math.log(1000.0), channels // 2))
-        self.register_buffer("frequency", frequency, persistent=False)
+        self.channels = channels
 
     def forward(self, mask_prob: torch.Tensor) -> torch.Tensor:
-        angle = mask_prob[:, None].float() * self.frequency
+        exponent = torch.linspace(0.0, math.log(1000.0), self.channels // 2, device=mask_prob.device)
+        angle = mask_prob[:, None].float() * exponent.exp()
         return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, None]
 
 
 class Injection(nn.Module):
-    """S(F) of the noise, CLIP and face experts for a whole batch: [B, 3, N, D], zeros where a row's task has none.
+    """S(F) of the noise, CLIP and face experts for all rows with an image: [R, 3, N, D], zeros where a task has none.
 
     Only the rows of a task run through its resamplers.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: UniF2aceConfig) -> None:
         super().__init__()
         moe_config = config.sequence_moe
         if moe_config is None:
@@ -82,18 +81,24 @@ class Injection(nn.Module):
 
         def resampler(channels: int, single: bool) -> Resampler:
             return Resampler(
-                channels, config.hidden, config.heads, config.image_tokens, moe_config.latents, single=single
+                channels,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.image_tokens,
+                moe_config.latents,
+                single=single,
             )
 
         self.level = NoiseLevel()
-        self.noise = resampler(2 * len(self.level.frequency), True)
+        self.noise = resampler(self.level.channels, True)
         self.clip = resampler(config.semantic, False) if moe_config.clip else None
         self.face = resampler(config.identity, True) if moe_config.face else None
 
     def forward(
-        self, task: torch.Tensor, mask_prob: torch.Tensor, identity: torch.Tensor, semantic: torch.Tensor
+        self, layout: Layout, mask_prob: torch.Tensor, identity: torch.Tensor, semantic: torch.Tensor
     ) -> torch.Tensor:
-        t2i, mmu = (task == T2I).nonzero()[:, 0], (task == MMU).nonzero()[:, 0]
+        """mask_prob [R], identity [R, C_id] and semantic [R, S, C_sem] of the rows with an image."""
+        t2i, mmu = layout.t2i, layout.mmu
         parts = [(NOISE, t2i, self.noise, self.level(mask_prob[t2i]))]
         if self.clip is not None:
             parts.append((CLIP, mmu, self.clip, semantic[mmu]))
@@ -101,7 +106,7 @@ class Injection(nn.Module):
             parts.append((FACE, mmu, self.face, identity[mmu, None]))
         done = [(slot, rows, resample(features)) for slot, rows, resample, features in parts]
         like = done[0][2]
-        out = like.new_zeros(len(task), 3, *like.shape[1:])
+        out = like.new_zeros(len(mask_prob), 3, *like.shape[1:])
         for slot, rows, resampled in done:
             out = out.index_put((rows, torch.full_like(rows, slot)), resampled.to(out.dtype))
         return out
@@ -113,7 +118,7 @@ class SequenceMoE(nn.Module):
     keeps: torch.Tensor
     injects: torch.Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: UniF2aceConfig) -> None:
         super().__init__()
         moe_config = config.sequence_moe
         if moe_config is None:
@@ -123,15 +128,20 @@ class SequenceMoE(nn.Module):
         names = [["copy" if name in missing else name for name in group] for group in EXPERTS]
         self.group_sizes = tuple(len(group) for group in names)
         flat = [name for group in names for name in group]
-        self.norm = nn.LayerNorm(config.hidden)
-        self.router = nn.Linear(config.hidden, len(flat))
+        self.names = flat
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.router = nn.Linear(config.hidden_size, len(flat))
         self.gate = nn.Parameter(torch.zeros(3))  # w_s = sigmoid(gate_s)
-        self.register_buffer("keeps", torch.tensor([float(name == "copy") for name in flat]), persistent=False)
-        which = torch.zeros(len(flat), 3)
-        for index, name in enumerate(flat):
-            if name in _INJECTED:
-                which[index, _INJECTED[name]] = 1.0
-        self.register_buffer("injects", which, persistent=False)  # [E, 3] expert -> the features it brings in
+        self.register_buffer("keeps", torch.empty(len(flat)), persistent=False)  # [E] whether the expert copies
+        self.register_buffer("injects", torch.empty(len(flat), 3), persistent=False)  # [E, 3] what it brings in
+        self.fill_buffers()
+
+    @torch.no_grad()
+    def fill_buffers(self) -> None:
+        """Write what the experts' names say; they may have been made without memory."""
+        rows = [[float(_INJECTED.get(name) == slot) for slot in range(3)] for name in self.names]
+        self.keeps.copy_(torch.tensor([float(name == "copy") for name in self.names]))
+        self.injects.copy_(torch.tensor(rows))
 
     @torch.no_grad()
     def start_as_identity(self, margin: float = 1.0) -> None:

@@ -5,49 +5,90 @@
 
 t2i: text is causal, the rows <soi> .. <eoi> see everything but padding. mmu: causal, and every row sees the whole
 prefix through <eoi>. (Layout and masks are Show-o's; its mmu mask takes row 0's <eoi> for all rows, ours each row's.)
+
+    lm    text ... pad                                                           plain text, causal, of task mmu
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
-from unif2ace.configs import MMU, T2I, ModelConfig
+from unif2ace.configs import MMU, T2I, UniF2aceConfig
 from unif2ace.errors import UserError
 
 IGNORE = -100  # a label that is no target
 
 
-@dataclass
-class Batch:
-    """Rows of both tasks, padded to one length.
+class Layout(NamedTuple):
+    """Where things are in a batch, as indices; found where the batch is made, so that no layer has to ask a device.
 
     Attributes:
-        tokens: [B, L] token ids.
+        real: [T] positions in the flattened batch that are not padding; None when none is.
+        images: [R] rows that have an image; None when all have.
+        t2i, mmu: among those R rows, the ones of each task.
+        plain: whether there are rows without an image.
+    """
+
+    real: torch.Tensor | None
+    images: torch.Tensor | None
+    t2i: torch.Tensor
+    mmu: torch.Tensor
+    plain: bool
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor, task: torch.Tensor, image_start: torch.Tensor) -> Layout:
+        """Read off a batch's tensors; on a GPU this waits for them."""
+        has_image = image_start >= 0
+        plain = not bool(has_image.all())
+        with_image = task[has_image] if plain else task
+        return cls(
+            real=None if bool(attention_mask.all()) else attention_mask.flatten().nonzero()[:, 0],
+            images=has_image.nonzero()[:, 0] if plain else None,
+            t2i=(with_image == T2I).nonzero()[:, 0],
+            mmu=(with_image == MMU).nonzero()[:, 0],
+            plain=plain,
+        )
+
+    def to(self, device: torch.device | str) -> Layout:
+        return Layout(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in self))
+
+
+@dataclass
+class Batch:
+    """Rows of both tasks, padded to one length: `model(**vars(batch))`.
+
+    Attributes:
+        input_ids: [B, L] token ids.
+        attention_mask: [B, L] bool, False on padding.
         task: [B] `T2I` or `MMU`.
-        valid: [B, L] False on padding.
-        image_start: [B] position of the first image code.
+        image_start: [B] position of the first image code, -1 in a row of plain text.
         labels: [B, L] targets aligned with the row that predicts them: the code itself for a masked code (t2i), the
             next token for text (mmu); `IGNORE` elsewhere.
         mask_prob: [B] share of codes masked at this row's time; 1 for mmu rows, which do not use it.
         identity: [B, C_id] identity embeddings, zeros where a row has none.
-        semantic: [B, S, C_sem] semantic features (the CLIP slot), zeros where a row has none.
+        semantic: [B, S, C_sem] semantic features (the CLIP slot), zeros where a row has none; S = 0 if no row has.
+        layout: where things are; found by `to`, before the tensors leave the host.
     """
 
-    tokens: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
     task: torch.Tensor
-    valid: torch.Tensor
     image_start: torch.Tensor
     labels: torch.Tensor
     mask_prob: torch.Tensor
     identity: torch.Tensor
     semantic: torch.Tensor
+    layout: Layout | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(*(getattr(self, each.name).to(device) for each in fields(self)))
+        layout = self.layout or Layout.of(self.attention_mask, self.task, self.image_start)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "layout"}
+        return Batch(**tensors, layout=layout.to(device))
 
     @classmethod
     def join(cls, parts: Sequence[Batch], pad: int) -> Batch:
@@ -55,19 +96,22 @@ class Batch:
 
         Lengths that recur from step to step let the CPU's matrix library keep the kernels that it builds a shape.
         """
-        length = -(-max(part.tokens.shape[1] for part in parts) // 8) * 8
-        fills = {"tokens": pad, "valid": False, "labels": IGNORE}
+        length = -(-max(part.input_ids.shape[1] for part in parts) // 8) * 8
+        fills = {"input_ids": pad, "attention_mask": False, "labels": IGNORE}
 
         def stack(name: str) -> torch.Tensor:
             values = [getattr(part, name) for part in parts]
             if name in fills:
                 values = [torch.nn.functional.pad(v, (0, length - v.shape[1]), value=fills[name]) for v in values]
+            elif name == "semantic":  # parts without an encoder's features have none of its tokens
+                most = max(v.shape[1] for v in values)
+                values = [torch.nn.functional.pad(v, (0, 0, 0, most - v.shape[1])) for v in values]
             return torch.cat(values)
 
-        return cls(*(stack(each.name) for each in fields(cls)))
+        return cls(**{each.name: stack(each.name) for each in fields(cls) if each.name != "layout"})
 
 
-def t2i_prompts(captions: Sequence[Sequence[int]], end: int, config: ModelConfig) -> torch.Tensor:
+def t2i_prompts(captions: Sequence[Sequence[int]], end: int, config: UniF2aceConfig) -> torch.Tensor:
     """Left-padded caption side of t2i rows, [B, text_slots].
 
     Args:
@@ -90,7 +134,7 @@ def t2i_prompts(captions: Sequence[Sequence[int]], end: int, config: ModelConfig
 def t2i_batch(
     prompts: torch.Tensor,
     codes: torch.Tensor,
-    config: ModelConfig,
+    config: UniF2aceConfig,
     targets: torch.Tensor | None = None,
     mask_prob: torch.Tensor | None = None,
 ) -> Batch:
@@ -114,14 +158,14 @@ def t2i_batch(
     if mask_prob is None:
         mask_prob = (codes == vocabulary.mask).float().mean(dim=1)
     return Batch(
-        tokens=tokens,
+        input_ids=tokens,
+        attention_mask=tokens != vocabulary.pad,
         task=tokens.new_full((rows,), T2I),
-        valid=tokens != vocabulary.pad,
         image_start=tokens.new_full((rows,), first),
         labels=labels,
         mask_prob=mask_prob,
         identity=torch.zeros(rows, config.identity, device=tokens.device),
-        semantic=torch.zeros(rows, count, config.semantic, device=tokens.device),
+        semantic=torch.zeros(rows, 0, config.semantic, device=tokens.device),
     )
 
 
@@ -130,7 +174,7 @@ def mmu_batch(
     texts: Sequence[Sequence[int]],
     identity: torch.Tensor,
     semantic: torch.Tensor,
-    config: ModelConfig,
+    config: UniF2aceConfig,
     answers: Sequence[Sequence[bool]] | None = None,
 ) -> Batch:
     """Understanding rows.
@@ -155,9 +199,9 @@ def mmu_batch(
     labels = torch.full_like(tokens, IGNORE)
     labels[:, count + 2 : -1] = text.masked_fill(~wanted, IGNORE)  # the row before a token predicts it
     return Batch(
-        tokens=tokens,
+        input_ids=tokens,
+        attention_mask=tokens != vocabulary.pad,
         task=tokens.new_full((rows,), MMU),
-        valid=tokens != vocabulary.pad,
         image_start=tokens.new_full((rows,), 2),
         labels=labels,
         mask_prob=torch.ones(rows),
@@ -166,15 +210,41 @@ def mmu_batch(
     )
 
 
-def attention_mask(batch: Batch, image_tokens: int) -> torch.Tensor:
-    """[B, 1, L, L] bool, True where the row (query) sees the column (key); a padding row sees itself."""
-    position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    start = (batch.image_start - 1)[:, None]  # <soi>
-    stop = (batch.image_start + image_tokens)[:, None]  # <eoi>
-    in_image = (position >= start) & (position <= stop)
-    in_prefix = (position <= stop) & (batch.task == MMU)[:, None]
-    causal = position[:, None] >= position[None, :]
-    generates = (batch.task == T2I)[:, None, None]
-    seen = causal | in_prefix[:, None, :] | (in_image[:, :, None] & generates)
-    seen = seen & batch.valid[:, None, :]
-    return (seen | torch.eye(len(position), dtype=torch.bool, device=position.device))[:, None]
+def padded_left(batch: Batch, pad: int) -> Batch:
+    """The same rows with their padding before them, so that all end together and text can go on from each."""
+    length = batch.input_ids.shape[1]
+    shift = length - batch.attention_mask.sum(1)
+    source = torch.arange(length) - shift[:, None]
+
+    def moved(values: torch.Tensor, fill: int | bool) -> torch.Tensor:
+        return values.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
+
+    return replace(
+        batch,
+        input_ids=moved(batch.input_ids, pad),
+        attention_mask=moved(batch.attention_mask, False),
+        labels=moved(batch.labels, IGNORE),
+        image_start=torch.where(batch.image_start < 0, batch.image_start, batch.image_start + shift),
+        layout=None,
+    )
+
+
+def lm_batch(texts: Sequence[Sequence[int]], config: UniF2aceConfig) -> Batch:
+    """Rows of plain text, each token of which is predicted from those before it; `texts` are token ids."""
+    vocabulary, rows = config.vocabulary, len(texts)
+    tokens = torch.full((rows, max(map(len, texts))), vocabulary.pad)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    real = tokens != vocabulary.pad
+    labels = torch.full_like(tokens, IGNORE)
+    labels[:, :-1] = tokens[:, 1:].masked_fill(~real[:, 1:], IGNORE)
+    return Batch(
+        input_ids=tokens,
+        attention_mask=real,
+        task=tokens.new_full((rows,), MMU),
+        image_start=tokens.new_full((rows,), -1),
+        labels=labels,
+        mask_prob=torch.ones(rows),
+        identity=torch.zeros(rows, config.identity),
+        semantic=torch.zeros(rows, 0, config.semantic),
+    )

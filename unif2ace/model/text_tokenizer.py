@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from unif2ace.errors import UserError
 
@@ -27,8 +27,11 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int = 1024) -> TextTokenizer:
-        """Learn at most `size` tokens from `texts`."""
+        """Learn at most `size` tokens from `texts`; neither the case of letters nor the kind of space is told apart."""
         tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -45,12 +48,12 @@ class TextTokenizer:
         return self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, lower-cased, without begin or end.
+        """Token ids of `text`, without begin or end.
 
         Raises:
             UserError: there is nothing in it.
         """
-        ids = self.tokenizer.encode(" ".join(text.lower().split())).ids
+        ids = self.tokenizer.encode(text).ids if text.strip() else []
         if not ids:
             raise UserError("the text is empty: write a few words")
         return ids
@@ -61,7 +64,8 @@ class TextTokenizer:
         for each in ids:
             if each == self.end:
                 break
-            kept.append(int(each))
+            if each < self.size:
+                kept.append(int(each))
         return self.tokenizer.decode(kept).strip()
 
     def save(self, path: Path) -> None:

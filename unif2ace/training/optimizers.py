@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _matrices(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return x.reshape(-1, *x.shape[-2:]).unbind(0)
 
 
-def build(model: UniF2ace, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build(model: UniF2aceForConditionalGeneration, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """The two optimizers of a model's parameters, each parameter in exactly one."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

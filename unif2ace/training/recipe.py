@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from unif2ace.configs import ModelConfig
+from unif2ace.configs import UniF2aceConfig
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.model.image_tokenizer import ImageTokenizer
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import IGNORE, Batch, mmu_batch, t2i_batch, t2i_prompts
 from unif2ace.model.text_tokenizer import TextTokenizer
-from unif2ace.model.transformer import UniF2ace
 from unif2ace_kernels import d3diff
 
 # What a random number is for, so that equal seeds and steps do not mean equal numbers.
@@ -56,7 +56,7 @@ class RecipeConfig:
 class Recipe:
     """`batch(step)` gives the step's rows."""
 
-    def __init__(self, faces: EncodedFaces, text: TextTokenizer, model: ModelConfig, config: RecipeConfig) -> None:
+    def __init__(self, faces: EncodedFaces, text: TextTokenizer, model: UniF2aceConfig, config: RecipeConfig) -> None:
         self.faces, self.text, self.model, self.config = faces, text, model, config
         self.schedule = d3diff.schedule(model.loss.schedule)
 
@@ -99,7 +99,7 @@ class Recipe:
 
 
 @torch.no_grad()
-def initialise_codes(model: UniF2ace, tokenizer: ImageTokenizer) -> None:
+def initialise_codes(model: UniF2aceForConditionalGeneration, tokenizer: ImageTokenizer) -> None:
     """Give codes that share bits similar rows in the embedding and in the head, of the usual size.
 
     Codes that differ in one bit decode to similar patches; with rows that say so from the start, what is learned of

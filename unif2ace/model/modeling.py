@@ -1,0 +1,562 @@
+"""The unified transformer: one token sequence, full-and-causal attention, two levels of grouped experts, two losses.
+
+x = tokens (+ image positions)
+each block:   x += attention(norm(x))
+              x += ffn and experts(norm(x))               grouped token-level MoE, by the row's task
+              x[image] = sequence experts(x[image])       grouped sequence-level MoE, by the row's task
+head(norm(x)) over one vocabulary: text, specials, image codes, mask
+loss = t2i * D3Diff(masked codes) + mmu, lm * next token (answers, plain text) + balance losses of every router
+
+A transformers model: from_pretrained, save_pretrained, generate (text), gradient checkpointing; and `generate_image`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from unif2ace.configs import MMU, T2I, UniF2aceConfig
+from unif2ace.model.attention import Attention, positions, repeated, rotary_table
+from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from unif2ace.model.magvit import Magvit, MagvitConfig
+from unif2ace.model.sequence_moe import Injection, Resampler, SequenceMoE
+from unif2ace.model.sequences import IGNORE, Layout
+from unif2ace.model.visibility import Visibility
+from unif2ace_kernels import d3diff, moe
+
+IMAGE_TOKENIZERS: dict[str, tuple[type, Any]] = {
+    "lfq": (ImageTokenizer, lambda sizes: ImageTokenizerConfig(**sizes)),
+    "magvit": (Magvit, MagvitConfig.from_dict),
+}
+
+
+@dataclass
+class UniF2aceOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: the training loss, where labels were given; `terms`: what it is made of, detached scalars: ``mask`` and
+            ``score`` of D3Diff, ``mmu``, ``lm``, ``balance``, and ``mask_accuracy`` and ``mmu_accuracy``, the shares
+            of targets that the model ranks first.
+        logits: [B, L or logits_to_keep, V] where no labels were given (the loss never makes them).
+        past_key_values: with use_cache.
+        last_hidden_state: [B, L, D] after the last norm.
+        token_routings, sequence_routings: each layer's `Routing`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    last_hidden_state: torch.Tensor | None = None
+    terms: dict[str, torch.Tensor] | None = None
+    token_routings: tuple[moe.Routing, ...] | None = None
+    sequence_routings: tuple[moe.Routing, ...] | None = None
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares.
+
+    Attributes:
+        visibility: who sees whom. attention: the kernel's name. table: of the rotary embedding.
+        real: [T] positions in the flattened batch that are not padding, None when none is, and `real_task` [T] their
+            tasks. Padding is nobody's token: routed, it would crowd an expert or two and count in the balance loss.
+        rows: [R] the rows that have an image, None when all have; `image_task` [R] their tasks.
+        image: [R, N] positions of their image tokens; one slice where they are the same in every row and no gradient
+            is wanted; None where there are none.
+        injected: [R, 3, N, D] or None.
+    """
+
+    visibility: Visibility
+    attention: str
+    table: tuple[torch.Tensor, torch.Tensor]
+    real: torch.Tensor | None
+    real_task: torch.Tensor
+    rows: torch.Tensor | None
+    image_task: torch.Tensor
+    image: torch.Tensor | slice | None
+    injected: torch.Tensor | None
+
+
+def at_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x [B, L, D] at the positions `rows` [B, M]: [B, M, D]."""
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+class FeedForward(nn.Module):
+    """The dense FFN, gelu(tanh) with biases."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.w_in = nn.Linear(hidden, width)
+        self.w_out = nn.Linear(width, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w_out(F.gelu(self.w_in(x), approximate="tanh"))
+
+
+class Block(GradientCheckpointingLayer):
+    """Attention, FFN and token-level experts, sequence-level experts."""
+
+    def __init__(self, config: UniF2aceConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config.hidden_size, config.num_attention_heads, layer)
+        self.attention.out.into_residual = True  # as many of these as layers add up: each starts smaller
+        self.ffn_norm = None if config.parallel_block else nn.LayerNorm(config.hidden_size)
+        token = config.token_moe
+        dense = token is None or token.dense
+        self.ffn = FeedForward(config.hidden_size, config.intermediate_size) if dense else None
+        self.experts = None
+        if token is not None:
+            self.experts = moe.GroupedMoE(
+                config.hidden_size,
+                token.width,
+                token.experts,
+                top_k=token.top_k,
+                shared_width=token.shared_width,
+                activation="gelu_tanh",
+                bias=True,
+                balance_coef=token.balance,
+            )
+        self.sequence = SequenceMoE(config) if config.sequence_moe is not None else None
+
+    @torch.no_grad()
+    def start_from_dense(self) -> None:
+        """Experts beside a trained FFN start with pieces of its hidden units, and answer zero: nothing changes yet.
+
+        Their output weights see trained features and have a gradient, so they move first.
+        """
+        if self.ffn is None or self.experts is None:
+            raise ValueError("token_moe: expected experts beside a dense FFN, `dense` = True")
+        count, _, width = self.experts.experts_w_in.shape
+        units = (torch.arange(count * width) % self.ffn.w_in.out_features).view(count, width)
+        self.experts.experts_w_in.copy_(self.ffn.w_in.weight[units].transpose(1, 2))
+        self.experts.experts_b_in.copy_(self.ffn.w_in.bias[units])
+        self.experts.experts_w_out.zero_()
+        self.experts.experts_b_out.zero_()
+
+    def feed_forward(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, moe.Routing | None]:
+        dense = None if self.ffn is None else self.ffn(x)
+        if self.experts is None:
+            return dense, None
+        tokens = x.flatten(0, 1)
+        if context.real is None:
+            y, routing = self.experts(tokens, context.real_task[: len(tokens)])
+        else:
+            y, routing = self.experts(tokens.index_select(0, context.real), context.real_task)
+            y = torch.zeros_like(tokens, dtype=y.dtype).index_copy(0, context.real, y)
+        y = y.view_as(x)
+        return (y if dense is None else dense + y), routing
+
+    def mix_images(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, moe.Routing]:
+        image, rows = context.image, context.rows
+        part = x if rows is None else x.index_select(0, rows)
+        tokens = part[:, image] if isinstance(image, slice) else at_rows(part, image)
+        mixed, routing = self.sequence(tokens, context.image_task, context.injected)
+        if isinstance(image, slice):
+            part[:, image] = mixed
+        else:
+            part = part.scatter(1, image[:, :, None].expand(-1, -1, x.shape[-1]), mixed.to(x.dtype))
+        return (part if rows is None else x.index_copy(0, rows, part)), routing
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: Context,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, moe.Routing | None, moe.Routing | None]:
+        """One layer.
+
+        Args:
+            x: [B, L, D].
+            past_key_values: keys and values of the positions before x, to which those of x are added.
+            prefix: see `Attention`; x comes back as [R, L, D] for its R sequences.
+            rows: [R, M] positions of x to come back alone, [R, M, D]; without sequence-level experts, which read all
+                of a sample.
+
+        Returns:
+            x, and the routings of the token level and of the sequence level, None where there are no experts.
+        """
+        normed = self.norm(x)
+        attended = self.attention(
+            normed, context.visibility, context.table, past_key_values, prefix, rows, context.attention
+        )
+        if prefix is not None:
+            x, normed = (repeated(each, len(attended) // len(each)) for each in (x, normed))
+        if rows is not None:
+            x, normed = at_rows(x, rows), at_rows(normed, rows)
+        if self.ffn_norm is None:
+            y, token_routing = self.feed_forward(normed, context)
+            x = x + attended + y
+        else:
+            x = x + attended
+            y, token_routing = self.feed_forward(self.ffn_norm(x), context)
+            x = x + y
+        sequence_routing = None
+        if self.sequence is not None and context.image is not None:
+            x, sequence_routing = self.mix_images(x, context)
+        return x, token_routing, sequence_routing
+
+
+class TextOnly(LogitsProcessor):
+    """No special token and no image code is said."""
+
+    def __init__(self, text: int) -> None:
+        self.text = text
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.arange(self.text, scores.shape[1], device=scores.device), -math.inf)
+
+
+class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The model of `config`, randomly initialised (normal; projections into the residual stream smaller).
+
+    `image_tokenizer` is its (frozen) image tokenizer where the config has one.
+    """
+
+    config_class = UniF2aceConfig
+    config: UniF2aceConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
+    _tied_weights_keys = {"head.weight": "embedding.weight"}
+
+    def __init__(self, config: UniF2aceConfig) -> None:
+        super().__init__(config)
+        size = config.vocabulary.size
+        self.embedding = nn.Embedding(size, config.hidden_size)
+        self.image_position = (
+            nn.Parameter(torch.zeros(config.image_tokens, config.hidden_size)) if config.image_positions else None
+        )
+        self.injection = Injection(config) if config.sequence_moe is not None else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, size)
+        self.rotary_channels = int(config.partial_rotary_factor * config.head_dim) // 2 * 2
+        self.post_init()
+        self.image_tokenizer: ImageTokenizer | Magvit | None = None
+        if config.image_tokenizer is not None:
+            self.set_image_tokenizer(build_image_tokenizer(config.image_tokenizer))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            adds = getattr(module, "into_residual", False)
+            init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers) if adds else std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, Resampler):
+            init.normal_(module.queries, std=std)
+        elif isinstance(module, SequenceMoE):
+            init.zeros_(module.gate)
+            module.fill_buffers()
+        elif isinstance(module, moe.GroupedMoE):
+            init.normal_(module.router_weight, std=0.02)
+            for weight in (module.experts_w_in, module.experts_w_out):
+                init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+            for bias in (module.experts_b_in, module.experts_b_out):
+                init.zeros_(bias)
+        elif module is self and self.image_position is not None:
+            init.zeros_(self.image_position)
+
+    def set_image_tokenizer(self, tokenizer: ImageTokenizer | Magvit) -> None:
+        """Carry this image tokenizer, frozen, and say so in the config."""
+        self.image_tokenizer = tokenizer.requires_grad_(False).eval()
+        self.config.image_tokenizer = describe_image_tokenizer(tokenizer)
+
+    def train(self, mode: bool = True) -> UniF2aceForConditionalGeneration:
+        """As nn.Module's; the image tokenizer stays as it is."""
+        super().train(mode)
+        if getattr(self, "image_tokenizer", None) is not None:
+            self.image_tokenizer.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        task: torch.Tensor | None = None,
+        image_start: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mask_prob: torch.Tensor | None = None,
+        identity: torch.Tensor | None = None,
+        semantic: torch.Tensor | None = None,
+        layout: Layout | None = None,
+        pixel_values: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> UniF2aceOutput:
+        """Hidden states, and the loss where there are labels, else logits.
+
+        Args:
+            input_ids, ..., layout: as in `Batch`. Rows are plain text unless `task` and `image_start` say otherwise;
+                where no row has an image the others may be left out.
+            pixel_values: [B, 3, side, side] in [-1, 1], faces of which the image tokenizer makes the codes (and the
+                semantic features, where the config says so) before anything else.
+            past_key_values: of the positions before; `input_ids` are then text that goes on, [B, L], and
+                `attention_mask` [B, past + L] covers both.
+            logits_to_keep: logits of the last so many positions only, 0 for all.
+
+        Raises:
+            ValueError: an argument is unknown or of the wrong shape, or an image comes without what it needs.
+        """
+        unknown = sorted(set(kwargs) - {"return_dict", "output_attentions", "output_hidden_states"})
+        if unknown:
+            raise ValueError(f"expected the fields of Batch, got also {unknown}")
+        rows, length = input_ids.shape
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(rows, past + length, dtype=torch.bool)
+        if tuple(attention_mask.shape) != (rows, past + length):
+            raise ValueError(
+                f"attention_mask: expected the shape {[rows, past + length]}, got {list(attention_mask.shape)}"
+            )
+        attention_mask = attention_mask.bool()
+        task = input_ids.new_full((rows,), MMU) if task is None else task
+        image_start = input_ids.new_full((rows,), -1) if image_start is None else image_start
+        use_cache = use_cache or past_key_values is not None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past:
+            if labels is not None:
+                raise ValueError("past_key_values: expected None where there are labels")
+            x = self.embedding(input_ids)
+            context = self._text_context(attention_mask, task, image_start, length)
+        else:
+            layout = layout or Layout.of(attention_mask, task, image_start)
+            if pixel_values is not None:
+                input_ids, semantic = self._see(input_ids, image_start, pixel_values, semantic)
+            mask_prob = self._mask_prob(input_ids, image_start) if mask_prob is None else mask_prob
+            x, context = self._context(
+                self.embedding(input_ids), attention_mask, task, image_start, layout, mask_prob, identity, semantic
+            )
+        output, by_layer = UniF2aceOutput(past_key_values=past_key_values), []
+        for block in self.blocks:
+            x, *routings = block(x, context, past_key_values=past_key_values)
+            by_layer.append(routings)
+        output.token_routings, output.sequence_routings = (
+            tuple(each for each in level if each is not None) for level in zip(*by_layer)
+        )
+        output.last_hidden_state = self.norm(x)
+        if labels is None:
+            output.logits = self.head(output.last_hidden_state[:, -logits_to_keep:])
+        else:
+            output.loss, output.terms = self._loss(output, labels, task, image_start, layout, mask_prob)
+        return output
+
+    def _image_index(self, image_start: torch.Tensor) -> torch.Tensor:
+        """[B, N] positions of the image tokens; the first N in a row without an image."""
+        return image_start.clamp(min=0)[:, None] + torch.arange(self.config.image_tokens, device=image_start.device)
+
+    @torch.no_grad()
+    def _see(
+        self,
+        input_ids: torch.Tensor,
+        image_start: torch.Tensor,
+        pixel_values: torch.Tensor,
+        semantic: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows with the codes of their faces, and the faces' semantic features."""
+        if self.image_tokenizer is None:
+            raise ValueError("pixel_values: expected codes in input_ids, this model has no image tokenizer; got pixels")
+        codes, features = self.image_tokenizer.encode(pixel_values)
+        codes = codes + self.config.vocabulary.code_range[0]
+        if semantic is None and self.config.semantic_source == "image_tokenizer":
+            semantic = features
+        return input_ids.scatter(1, self._image_index(image_start), codes), semantic
+
+    def _mask_prob(self, input_ids: torch.Tensor, image_start: torch.Tensor) -> torch.Tensor:
+        """[B] share of a row's image tokens that are masked, read off the row."""
+        if input_ids.shape[1] < self.config.image_tokens:
+            return torch.zeros(len(input_ids), device=input_ids.device)
+        codes = input_ids.gather(1, self._image_index(image_start))
+        return (codes == self.config.vocabulary.mask).float().mean(1)
+
+    def _context(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor,
+        task: torch.Tensor,
+        image_start: torch.Tensor,
+        layout: Layout,
+        mask_prob: torch.Tensor,
+        identity: torch.Tensor | None,
+        semantic: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Context]:
+        """Of a whole batch; and x with the image positions added."""
+        config, length = self.config, x.shape[1]
+        rows = layout.images
+        has_images = rows is None or len(rows) > 0
+        image = injected = None
+        if has_images:
+            image = self._image_index(image_start if rows is None else image_start[rows])
+            if self.image_position is not None:
+                added = self.image_position.to(x.dtype).expand(len(image), -1, -1)
+                index = image[:, :, None].expand_as(added)
+                if rows is None:
+                    x = x.scatter_add(1, index, added)
+                else:
+                    x = x.index_add(0, rows, torch.zeros_like(x[rows]).scatter(1, index, added))
+        if has_images and self.injection is not None:
+            needed = {"identity": (identity, self.injection.face), "semantic": (semantic, self.injection.clip)}
+            for name, (value, expert) in needed.items():
+                if value is None and expert is not None and len(layout.mmu):
+                    raise ValueError(f"{name}: expected the features of every face that is asked about, got None")
+            given = mask_prob, identity, semantic
+            injected = self.injection(layout, *(each if each is None or rows is None else each[rows] for each in given))
+        table = rotary_table(positions(attention_mask, task), self.rotary_channels, config.rope_theta)
+        context = Context(
+            visibility=Visibility(attention_mask, task, image_start, config.image_tokens),
+            attention=config._attn_implementation or "sdpa",
+            table=table,
+            real=layout.real,
+            real_task=task[layout.real // length] if layout.real is not None else task.repeat_interleave(length),
+            rows=rows,
+            image_task=task if rows is None else task[rows],
+            image=image,
+            injected=injected,
+        )
+        return x, context
+
+    def _text_context(
+        self, attention_mask: torch.Tensor, task: torch.Tensor, image_start: torch.Tensor, length: int
+    ) -> Context:
+        """Of `length` more text tokens a row, after what a cache holds."""
+        place = positions(attention_mask, task)[:, -length:]
+        return Context(
+            visibility=Visibility(attention_mask, task, image_start, self.config.image_tokens, length),
+            attention=self.config._attn_implementation or "sdpa",
+            table=rotary_table(place, self.rotary_channels, self.config.rope_theta),
+            real=None,
+            real_task=task.repeat_interleave(length),
+            rows=None,
+            image_task=task,
+            image=None,
+            injected=None,
+        )
+
+    def _loss(
+        self,
+        output: UniF2aceOutput,
+        labels: torch.Tensor,
+        task: torch.Tensor,
+        image_start: torch.Tensor,
+        layout: Layout,
+        mask_prob: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One pass of the head serves t2i and mmu, a second one plain text, where there is some."""
+        config, switch = self.config, self.config.loss
+        hidden, length = output.last_hidden_state.flatten(0, 1), labels.shape[1]
+        generates = task == T2I
+        plain = (image_start < 0)[:, None]
+        # D3Diff averages over its own samples: they are numbered among themselves, mmu rows count for nothing.
+        sample = (generates.cumsum(0) - 1).clamp(min=0)
+        t2i = layout.t2i if layout.images is None else layout.images[layout.t2i]
+        total, stats = d3diff.joint_loss(
+            hidden,
+            self.head.weight,
+            self.head.bias,
+            (labels.masked_fill(plain, IGNORE) if layout.plain else labels).flatten(),
+            generates.repeat_interleave(length),
+            mask_prob[t2i] if len(t2i) else mask_prob[:1],
+            sample.repeat_interleave(length),
+            image_coef=switch.t2i,
+            text_coef=switch.mmu,
+            code_range=config.vocabulary.code_range,
+            alpha=switch.alpha,
+            ce_coef=switch.mask,
+            score=switch.score,
+            schedule=switch.schedule,
+            max_weight=switch.max_weight,
+        )
+        terms = {
+            "mask": stats.image.ce,
+            "score": stats.image.score,
+            "mmu": stats.text.ce,
+            "mask_accuracy": stats.image.accuracy,
+            "mmu_accuracy": stats.text.accuracy,
+        }
+        if layout.plain:
+            loss, stats = d3diff.next_token_loss(
+                hidden, self.head.weight, self.head.bias, labels.masked_fill(~plain, IGNORE).flatten()
+            )
+            total = total + switch.lm * loss
+            terms["lm"] = stats.ce
+        routings = output.token_routings + output.sequence_routings
+        if routings:
+            balance = torch.stack([routing.balance_loss for routing in routings]).sum()
+            total = total + balance
+            terms["balance"] = balance
+        return total, {name: value.detach() for name, value in terms.items()}
+
+    def image_hidden(self, output: UniF2aceOutput, image_start: torch.Tensor) -> torch.Tensor:
+        """Hidden states at the image positions, [B, N, D]."""
+        return at_rows(output.last_hidden_state, self._image_index(image_start))
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Text that goes on from each row: transformers' `generate`, held to text tokens.
+
+        Rows are those of `UniF2aceProcessor` with their tensors (left-padded, so that all end together); in a batch
+        each gets what it gets alone.
+        """
+        processors = [TextOnly(self.config.vocabulary.text), *(kwargs.pop("logits_processor", None) or [])]
+        return super().generate(*args, logits_processor=LogitsProcessorList(processors), **kwargs)
+
+
+def build_image_tokenizer(described: dict[str, Any]) -> ImageTokenizer | Magvit:
+    """An image tokenizer from a config's `image_tokenizer`.
+
+    Raises:
+        ValueError: of an unknown kind, or sizes that are not its.
+    """
+    sizes = dict(described)
+    kind = sizes.pop("kind", None)
+    if kind not in IMAGE_TOKENIZERS:
+        raise ValueError(f"config.image_tokenizer: expected a kind of {sorted(IMAGE_TOKENIZERS)}, got {kind!r}")
+    tokenizer, config = IMAGE_TOKENIZERS[kind]
+    try:
+        return tokenizer(config(sizes))
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"config.image_tokenizer: {error}") from error
+
+
+def describe_image_tokenizer(tokenizer: ImageTokenizer | Magvit) -> dict[str, Any]:
+    """The inverse of `build_image_tokenizer`."""
+    kind = next(kind for kind, (each, _) in IMAGE_TOKENIZERS.items() if type(tokenizer) is each)
+    return json.loads(json.dumps({"kind": kind, **dataclasses.asdict(tokenizer.config)}))
