@@ -81,5 +81,5 @@ $(DEV_READY): $(DEMO_READY)
 	mv $(INSTALLING) $(DEMO_READY)
 	touch $@
 
-$(EXTENSION): setup.py $(shell find csrc -type f) | $(DEMO_READY)
+$(EXTENSION): kernels/build_extension.py $(shell find csrc -type f) | $(DEMO_READY)
 	$(PY) setup.py -q build_ext --inplace
