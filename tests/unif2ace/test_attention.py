@@ -151,6 +151,13 @@ def test_outputs_and_gradients_are_those_of_the_layouts_prose(rows, implementati
         assert not each.transpose(1, 2)[~real].any(), "padding has no part in what is no padding"
 
 
+def test_padding_sees_itself(rows):
+    """So that no kernel has a softmax over nothing to get right."""
+    for queries in (rows.length, 5):
+        seen = rows.visibility(queries=queries).mask(queries)
+        assert seen.diagonal(rows.length - queries, dim1=2, dim2=3).all()
+
+
 @pytest.mark.parametrize("queries", [1, 3, 7, 13])
 def test_the_last_queries_of_a_longer_key_axis(rows, implementation, queries):
     """Decoding: what a cache holds comes first, one token follows or several."""
@@ -207,7 +214,7 @@ def test_lengths_of_several_blocks(implementation):
 def test_flex_attention_walks_the_blocks_that_it_is_told_of(monkeypatch):
     """Compiled it reads the lists of blocks, uncompiled only the rule: they must say the same."""
     compiled = torch.compile(flex_attention.flex_attention)
-    monkeypatch.setattr("unif2ace.model.attention._flex_attention", lambda on_cuda: compiled)
+    monkeypatch.setattr("unif2ace.model.attention.flex_attention", compiled)
     q, k, v = LONG.qkv(dtype=torch.float32)
     real, visibility = LONG.facts[0], LONG.visibility()
     blocks = visibility.block_mask(300)

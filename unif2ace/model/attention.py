@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from transformers.cache_utils import Cache
 
 from unif2ace.configs import T2I
@@ -37,16 +39,12 @@ def positions(attention_mask: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
     return torch.where((task == T2I)[:, None], all_count, tokens_count)
 
 
-def rotary_table(
-    position_ids: torch.Tensor | int, channels: int, base: float = 10000.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(position_ids: torch.Tensor, channels: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of position * base**(-2i / channels) at positions [B, L] or, shared by all rows, [L].
 
     Returns:
         Both [B, L, channels / 2] or [L, channels / 2], float32.
     """
-    if isinstance(position_ids, int):
-        position_ids = torch.arange(position_ids)
     frequency = base ** (-torch.arange(0, channels, 2, device=position_ids.device).float() / channels)
     angle = position_ids[..., None].float() * frequency
     return angle.cos(), angle.sin()
@@ -64,14 +62,14 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    visibility: Visibility | torch.Tensor | None = None,
+    visibility: Visibility | None = None,
     implementation: str = "sdpa",
 ) -> torch.Tensor:
     """Scaled dot-product attention.
 
     Args:
         q: [B, H, Lq, C]. k, v: [B, H, Lk, C].
-        visibility: who sees whom; all see all when None. (Or a bool mask, for sdpa alone.)
+        visibility: who sees whom; all see all when None, which is always sdpa's.
         implementation: "sdpa", "flex_attention" or "flash_attention_2".
 
     Returns:
@@ -81,8 +79,8 @@ def attend(
         ValueError: an implementation that is none, or one that does not take q's dtype.
         UserError: flash-attn is asked for and not installed.
     """
-    if visibility is None or isinstance(visibility, torch.Tensor):
-        return _sdpa(q, k, v, visibility)
+    if visibility is None:
+        return _sdpa(q, k, v, None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     return IMPLEMENTATIONS[implementation](q, k, v, visibility)
@@ -90,8 +88,8 @@ def attend(
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= 128:
-        # On a CPU (measured on two cores, forward and backward) torch's flash kernel takes 1.6 times as long as plain
-        # products at 104 keys in bfloat16 and as long in float32, as long at 200 keys, and 0.6 times at 387.
+        # Measured on two cores, forward and backward: beside plain products torch's flash kernel takes 1.0 (float32)
+        # and 1.6 times (bfloat16) as long at 104 keys, as long at 200, and 0.6 times as long at 387.
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -102,14 +100,13 @@ def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visib
 
 
 @functools.cache
-def _flex_attention(compiled: bool) -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention) if compiled else flex_attention
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention)
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility) -> torch.Tensor:
-    return _flex_attention(q.device.type == "cuda")(q, k, v, block_mask=visibility.block_mask(q.shape[2]))
+    kernel: Any = _compiled_flex_attention() if q.device.type == "cuda" else flex_attention
+    return kernel(q, k, v, block_mask=visibility.block_mask(q.shape[2]))
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility) -> torch.Tensor:
@@ -175,7 +172,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        visibility: Visibility | torch.Tensor | None,
+        visibility: Visibility | None,
         table: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
