@@ -1,6 +1,5 @@
 """Phi-1.5's weights: transformers' PhiForCausalLM says what they compute, alone and under both tasks' masks."""
 
-import dataclasses
 import json
 import os
 
@@ -8,14 +7,18 @@ import foreign
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PhiConfig, PhiForCausalLM
 
 from unif2ace.cli import main
 from unif2ace.errors import UserError
-from unif2ace.importers.phi import import_phi
+from unif2ace.importers import parts
+from unif2ace.importers.phi import Options, import_phi
 from unif2ace.importers.showo import import_showo
-from unif2ace.model.sequences import Batch, attention_mask, mmu_batch, t2i_batch, t2i_prompts
-from unif2ace.model.transformer import UniF2ace
+from unif2ace.importers.texts import load_text_tokenizer
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
+from unif2ace.model.sequences import Batch, mmu_batch, t2i_batch, t2i_prompts
+from unif2ace.model.visibility import Visibility
 
 TEXT, CODES, N, END = 40, 16, 4, 0
 
@@ -47,14 +50,16 @@ def save(model: torch.nn.Module, folder, settings=None):
     return folder
 
 
-def read(path, **options) -> UniF2ace:
-    return import_phi(path, **{"text": TEXT, "codes": CODES, "image_tokens": N, **options})[0]
+def read(path, **options) -> UniF2aceForConditionalGeneration:
+    sizes = {name: options.pop(name, value) for name, value in {"text": TEXT, "codes": CODES}.items()}
+    return import_phi(path, **sizes, image_tokens=N, options=Options(**options))[0]
 
 
-def ours(model: UniF2ace, batch: Batch) -> torch.Tensor:
-    floats = {k: v.to(model.head.weight.dtype) for k, v in vars(batch).items() if v.is_floating_point()}
+def ours(model: UniF2aceForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    given = {name: value for name, value in vars(batch).items() if name != "labels" and value is not None}
+    given |= {name: value.to(model.dtype) for name, value in given.items() if value.is_floating_point()}
     with torch.no_grad():
-        return model.head(model(dataclasses.replace(batch, **floats)).hidden)
+        return model(**given).logits
 
 
 def theirs(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,16 +100,17 @@ def test_both_tasks_logits_are_phis_under_our_masks(tmp_path, task):
     settings = {"llm_vocab_size": TEXT, "codebook_size": CODES, "num_vq_tokens": N}
     (tmp_path / "show-o" / "config.json").write_text(json.dumps(settings))
     model, _ = import_showo(tmp_path / "show-o")
-    config = dataclasses.replace(model.config, text_slots=9)
+    config = model.config.replace(text_slots=9)
     codes = config.vocabulary.code_range[0] + torch.arange(12).view(3, N)
     if task == "t2i":
         batch = t2i_batch(t2i_prompts([[3, 4], [], [5, 6, 7, 8, 9]], END, config), codes, config)
     else:
         features = torch.randn(3, config.identity), torch.randn(3, N, config.semantic)
         batch = mmu_batch(codes, [[3, 4, 5], [6], [7, 8, 9, 10, 11]], *features, config)
-    mask, valid = attention_mask(batch, N), batch.valid
-    a, b = ours(model, batch)[valid], theirs(reference, batch.tokens, mask)[valid]
-    assert_as_close(a, b, theirs(reference.double(), batch.tokens, mask)[valid])
+    valid = batch.attention_mask
+    mask = Visibility(valid, batch.task, batch.image_start, N).mask(valid.shape[1])
+    a, b = ours(model, batch)[valid], theirs(reference, batch.input_ids, mask)[valid]
+    assert_as_close(a, b, theirs(reference.double(), batch.input_ids, mask)[valid])
 
 
 def test_which_row_goes_where(tmp_path):
@@ -193,12 +199,57 @@ def test_a_phi_of_another_function_is_not_taken(tmp_path, settings, words):
 )
 def test_the_share_of_channels_that_turn_is_its_configs(tmp_path, settings, share, channels):
     model = read(save(phi(), tmp_path / "phi", settings))
-    assert model.config.rotary == share and model.rotary_channels == channels
+    assert model.config.partial_rotary_factor == share and model.rotary_channels == channels
 
 
-def test_an_ffn_that_experts_cannot_be_cut_from(tmp_path):
-    config = PhiConfig(vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
+@pytest.mark.parametrize("width,expert", [(40, 1), (8192, 384)])
+def test_experts_keep_their_share_of_any_ffn(tmp_path, width, expert):
+    config = PhiConfig(
+        vocab_size=67, hidden_size=32, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4
+    )
     path = save(PhiForCausalLM(config), tmp_path / "phi")
-    with pytest.raises(UserError, match="width 40 is no multiple: use --dense"):
-        read(path)
-    assert read(path, dense=True).config.token_moe is None
+    assert read(path).config.token_moe.width == expert and read(path, dense=True).config.token_moe is None
+    features = read(path, identity=128, semantic=13).config
+    assert (features.identity, features.semantic) == (128, 13)
+
+
+# --------------------------------------------------------------------------------------------------- its tokenizer.json
+
+
+def bpe(more: int = 0, end: str = "<|endoftext|>") -> Tokenizer:
+    """Byte-level BPE as GPT-2's is, 259 tokens and `more`: letters keep their case, the end token is the last."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "He", "he", *(f"word{n}" for n in range(more))]
+    tokenizer = Tokenizer(models.BPE({each: n for n, each in enumerate(words)}, [("H", "e"), ("h", "e")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([end])
+    return tokenizer
+
+
+def test_the_tokenizer_comes_along_as_it_is(tmp_path, capsys):
+    path, out = save(phi(rows=300), tmp_path / "phi"), tmp_path / "out"
+    bpe().save(str(path / "tokenizer.json"))
+    assert main(["import", "phi", str(path), "--out", str(out)]) == 0
+    assert f"text tokenizer: {path / 'tokenizer.json'}" in (told := capsys.readouterr().out)
+    assert "text tokens 0 to 258" in told and "41 rows that no text token uses" in told
+    assert (out / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
+    text = load_text_tokenizer(out)
+    assert text.size == parts.model_config(out).vocabulary.text == 259
+    assert text.encode("He he HE") != text.encode("he he he"), "the case of letters is kept"
+    assert text.decode(text.encode("He, he  HE!")) == "He, he  HE!"
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (bpe().to_str()[:-20], "tokenizer.json is damaged"),
+        ("{}", "tokenizer.json is damaged"),
+        (bpe(end="</s>").to_str(), "expected one with the token <|endoftext|>"),
+        (bpe(42).to_str(), "300 rows, fewer than the 301 text tokens"),
+    ],
+)
+def test_a_tokenizer_that_does_not_serve_is_named(tmp_path, capsys, content, words):
+    path, out = save(phi(rows=300), tmp_path / "phi"), tmp_path / "out"
+    (path / "tokenizer.json").write_text(content)
+    assert main(["import", "phi", str(path), "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1 and not out.exists()

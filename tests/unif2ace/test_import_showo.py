@@ -1,9 +1,10 @@
 """Show-o's weights by their public names: its own code's logits, every way a file can be wrong, nothing left behind."""
 
-import dataclasses
+import hashlib
 import json
 import os
 import resource
+import shutil
 
 import foreign
 import pytest
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from unif2ace.cli import main
-from unif2ace.configs import VocabularyConfig
+from unif2ace.configs import TokenMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.importers import parts
+from unif2ace.importers.phi import Options
 from unif2ace.importers.showo import import_showo
 from unif2ace.importers.weights import Weights
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import Batch, mmu_batch, t2i_batch, t2i_prompts
-from unif2ace.model.transformer import UniF2ace
 
 NUMBERS = foreign.numbers("showo")
 TENSORS = foreign.tensors(NUMBERS["tensors"])
@@ -38,8 +40,8 @@ def published(tmp_path):
     return write(tmp_path / "show-o")
 
 
-def batches(model: UniF2ace) -> dict[str, Batch]:
-    config = dataclasses.replace(model.config, text_slots=9)
+def batches(model: UniF2aceForConditionalGeneration) -> dict[str, Batch]:
+    config = model.config.replace(text_slots=9)
     prompts = t2i_prompts(NUMBERS["captions"], END, config)
     features = torch.randn(3, config.identity), torch.randn(3, config.image_tokens, config.semantic)
     texts = [[END, *text, END] for text in NUMBERS["texts"]]
@@ -49,23 +51,25 @@ def batches(model: UniF2ace) -> dict[str, Batch]:
     }
 
 
-def logits(model: UniF2ace, batch: Batch) -> torch.Tensor:
+def logits(model: UniF2aceForConditionalGeneration, batch: Batch) -> torch.Tensor:
     """The columns that the numbers keep, at every position that is no padding."""
-    floats = {k: v.to(model.head.weight.dtype) for k, v in vars(batch).items() if v.is_floating_point()}
+    given = {name: value for name, value in vars(batch).items() if name != "labels" and value is not None}
+    given |= {name: value.to(model.dtype) for name, value in given.items() if value.is_floating_point()}
     with torch.no_grad():
-        hidden = model(dataclasses.replace(batch, **floats)).hidden
-        return model.head(hidden)[batch.valid][:, NUMBERS["columns"]]
+        return model(**given).logits[batch.attention_mask][:, NUMBERS["columns"]]
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["experts", "dense"])
 @pytest.mark.parametrize("task", ["t2i", "mmu"])
 def test_logits_are_those_of_show_os_own_code(published, task, dense):
     """Pads on both sides, captions of three lengths, masked and known codes; both levels of experts at their start."""
-    model, _ = import_showo(published, dense=dense)
+    model, _ = import_showo(published, Options(dense=dense))
     batch = batches(model)[task]
-    length = batch.tokens.shape[1]
+    length = batch.input_ids.shape[1]
     theirs = torch.tensor(NUMBERS[f"{task}_tokens"])
-    assert torch.equal(batch.tokens, theirs[:, :length]) and (theirs[:, length:] == model.config.vocabulary.pad).all()
+    assert (
+        torch.equal(batch.input_ids, theirs[:, :length]) and (theirs[:, length:] == model.config.vocabulary.pad).all()
+    )
     expected = torch.tensor(NUMBERS[f"{task}_logits"], dtype=torch.float64).view(-1, len(NUMBERS["columns"]))
     single = (logits(model, batch) - expected).abs().max()
     assert single <= 2 * NUMBERS[f"{task}_float32_error"] + 1e-7
@@ -74,26 +78,30 @@ def test_logits_are_those_of_show_os_own_code(published, task, dense):
 
 
 def test_the_experts_are_there_and_change_nothing_yet(published):
-    """Both levels exist, may be told to answer, and would then be heard: the start is a start, not an absence."""
+    """Both levels exist beside the FFN, may be told to answer, and would then be heard: a start, not an absence."""
     model, _ = import_showo(published)
     config = model.config
-    assert config.token_moe.shared_width == config.ffn == 48 and config.sequence_moe is not None
+    assert config.token_moe == TokenMoEConfig((4, 4), 2, width=2, shared_width=0, dense=True)
+    assert config.sequence_moe is not None and UniF2aceConfig.base().token_moe.width == 384
     batch = batches(model)["t2i"]
     before = logits(model, batch)
+    routing = model(**vars(batch)).token_routings[0]
+    assert (routing.weight > 0).all() and routing.expert.shape[-1] == 2
     for block in model.blocks:
-        routing = model(batch).token_routings[0]
-        assert (routing.weight > 0).all()
         copies = torch.tensor([1.0, 0, 0, 1, 0, 0, 1, 1])
         assert torch.equal(block.sequence.router.bias, copies) and not block.sequence.router.weight.any()
+    plain = logits(import_showo(published, Options(dense=True))[0], batch)
+    torch.testing.assert_close(before, plain, rtol=0, atol=0)
     with torch.no_grad():
-        model.blocks[0].ffn.experts_w_out[:16].normal_()
+        model.blocks[0].experts.experts_w_out[:4].normal_()
     assert (logits(model, batch) - before).abs().max() > 1e-3
     torch.testing.assert_close(logits(import_showo(published)[0], batch), before, rtol=0, atol=0)
 
 
 def test_the_config_is_read_from_shapes_and_settings(published, tmp_path):
     config = import_showo(published)[0].config
-    assert (config.hidden, config.layers, config.heads, config.ffn, config.image_tokens) == (32, 2, 4, 48, 4)
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    assert sizes == (32, 2, 4, 48) and config.image_tokens == 4 and (config.identity, config.semantic) == (512, 1024)
     assert config.vocabulary == VocabularyConfig(40, 16) and config.parallel_block and not config.image_positions
     file = published / "pytorch_model.safetensors"
     assert import_showo(file)[0].config == config, "the file alone, with the config.json beside it"
@@ -122,12 +130,13 @@ def test_every_form_of_file_gives_the_same_model(published, tmp_path, form):
         folder.mkdir()
         torch.save(TENSORS, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
         (folder / "config.json").write_text(json.dumps(SETTINGS))
-    a, b = (import_showo(path)[0].state_dict() for path in (published, folder))
+    opened = (Weights(path, allow_pickle="bin" in form) for path in (published, folder))
+    a, b = (import_showo(each)[0].state_dict() for each in opened)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def command(path, out) -> int:
-    return main(["import", "showo", str(path), "--out", str(out)])
+def command(path, out, *more) -> int:
+    return main(["import", "showo", str(path), "--out", str(out), *more])
 
 
 @pytest.mark.parametrize("dtype,exact", [(None, True), ("bfloat16", False)])
@@ -136,12 +145,14 @@ def test_the_command_writes_what_comes_back_to_the_same_logits(published, tmp_pa
     assert main(["import", "showo", str(published), "--out", str(out), *(["--dtype", dtype] if dtype else [])]) == 0
     told = capsys.readouterr().out
     assert "licence: MIT or Apache-2.0" in told and "2 layers" in told and "67 rows" in told
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == ["config.json", "generation_config.json", "model.safetensors"]
     before, after = import_showo(published)[0], parts.load_model(out)
-    assert after.config == before.config and not after.training
+    assert after.config.replace() == before.config.replace() and not after.training
     same = [torch.equal(logits(before, batch), logits(after, batch)) for batch in batches(before).values()]
     assert all(same) if exact else not any(same)
     assert after.head.weight.dtype == torch.float32
+    again = UniF2aceForConditionalGeneration.from_pretrained(out)
+    assert again.config.replace() == before.config.replace() and (again.head.weight.dtype == torch.float32) == exact
     for batch in batches(before).values():
         assert (logits(before, batch) - logits(after, batch)).abs().max() < 0.1
 
@@ -249,7 +260,8 @@ def test_a_truncated_shard_is_named(tmp_path, capsys, kind, part):
     shard = shards(tmp_path / "show-o", kind) / f"model-00002-of-00002.{kind}"
     content = shard.read_bytes()
     shard.write_bytes(content[: int(len(content) * part)])
-    assert_refused(capsys, command(tmp_path / "show-o", tmp_path / "out"), tmp_path, shard.name, "copy it again")
+    code = command(tmp_path / "show-o", tmp_path / "out", *(["--allow-pickle"] if kind == "bin" else []))
+    assert_refused(capsys, code, tmp_path, shard.name, "copy it again")
 
 
 def test_a_missing_shard_and_a_wrong_one_are_named(tmp_path, capsys):
@@ -266,6 +278,35 @@ def test_a_missing_shard_and_a_wrong_one_are_named(tmp_path, capsys):
     assert command(folder, tmp_path / "out") == 0
 
 
+def sums(folder) -> list[str]:
+    return [f"{each.name}={hashlib.sha256(each.read_bytes()).hexdigest()}" for each in folder.glob("*.safetensors")]
+
+
+def test_files_are_held_against_their_sums(tmp_path, capsys):
+    """Given ones come before those of a file beside the weights, and all before a file is opened."""
+    folder, out = shards(tmp_path / "show-o", "safetensors"), tmp_path / "out"
+    first, second = sorted(sums(folder))
+    assert command(folder, out, "--sha256", first) == 0
+    assert "files: 1 of 2 files held against their SHA-256; no sum known of model-00002" in capsys.readouterr().out
+    shutil.rmtree(out)
+    wrong = second.partition("=")[0] + "=" + "0" * 64
+    for more, words in (
+        (["--sha256", first, "--sha256", wrong], ["model-00002-of-00002.safetensors is not the file expected", "0000"]),
+        (["--sha256", "model.safetensors=" + "0" * 64], ["there is no model.safetensors here, only model-00001"]),
+        (["--sha256", "model.safetensors"], ["expected NAME=HEX"]),
+        (["--sha256", second[:-1]], ["expected NAME=HEX"]),
+    ):
+        assert_refused(capsys, command(folder, out, *more), tmp_path, *words)
+    (folder / "SHA256SUMS").write_text("{}  {}\n".format(*reversed(wrong.split("="))))
+    assert_refused(capsys, command(folder, out), tmp_path, "is not the file expected")
+    (folder / wrong.partition("=")[0]).write_bytes(b"cut")
+    assert_refused(capsys, command(folder, out), tmp_path, "is not the file expected")
+    shutil.rmtree(folder)
+    shards(folder, "safetensors")
+    (folder / "SHA256SUMS").write_text("{}  {}\n".format(*reversed(wrong.split("="))))
+    assert command(folder, out, "--sha256", second) == 0
+
+
 class Intruder:
     def __reduce__(self):
         return os.mkdir, ("intruder",)
@@ -276,7 +317,8 @@ def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys, monkeypatch,
     monkeypatch.chdir(tmp_path)  # where an intruder would show
     (tmp_path / "show-o").mkdir()
     torch.save(content, tmp_path / "show-o" / "pytorch_model.bin")
-    code = command(tmp_path / "show-o", tmp_path / "out")
+    assert_refused(capsys, command(tmp_path / "show-o", tmp_path / "out"), tmp_path, "is a pickle", "--allow-pickle")
+    code = command(tmp_path / "show-o", tmp_path / "out", "--allow-pickle")
     assert_refused(capsys, code, tmp_path, "pytorch_model.bin", "tensors")
 
 
@@ -312,16 +354,16 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, size):
 def test_a_part_that_is_damaged_afterwards_is_named(published, tmp_path):
     out = tmp_path / "out"
     parts.save(import_showo(published)[0], out)
-    with pytest.raises(UserError, match="holds no image_tokenizer: it has model"):
+    with pytest.raises(UserError, match="holds no image_tokenizer of its own: it has a model"):
         parts.load_image_tokenizer(out)
     config = json.loads((out / "config.json").read_text())
     for change, words in (
-        ({"hidden": 64}, "of another shape"),
-        ({"layers": 1}, "unexpected"),
-        ({"layers": 3}, "missing"),
+        ({"hidden_size": 64}, "of different models"),
+        ({"num_hidden_layers": 1}, "of different models"),
+        ({"num_hidden_layers": 3}, "of different models"),
         ({"hiden": 3}, "does not describe a model.*hiden"),
     ):
-        (out / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **change}}))
+        (out / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=words):
             parts.load_model(out)
     (out / "config.json").write_text(json.dumps(config))

@@ -8,7 +8,7 @@ from unif2ace.configs import MMU, T2I, SequenceMoEConfig
 from unif2ace.model.sequence_moe import EXPERTS, SequenceMoE
 
 TASK = torch.tensor([T2I, MMU, MMU, T2I, MMU])
-N, D = tiny.CONFIG.image_tokens, tiny.CONFIG.hidden
+N, D = tiny.CONFIG.image_tokens, tiny.CONFIG.hidden_size
 
 
 def start(dtype=torch.float64, **changes) -> SequenceMoE:

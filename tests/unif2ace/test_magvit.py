@@ -149,7 +149,7 @@ def test_save_and_load_give_the_same_codes(tokenizer, tmp_path):
     config = json.loads((out / "config.json").read_text())
     for change, words in (
         ({"bits": 6}, "of another shape"),
-        ({"side": 17}, "does not describe an image tokenizer: side"),
+        ({"side": 17}, "does not describe an image tokenizer: .*side"),
         ({"colour": 1}, "does not describe an image tokenizer"),
         ({"kind": "another"}, "another image tokenizer"),
     ):
@@ -187,5 +187,6 @@ def test_the_command_reads_show_os_sizes(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "is not a MAGVIT-v2" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert os.listdir(tmp_path) == ["pytorch_model.safetensors"]
-    assert main(["import", "magvit", str(tmp_path), "--out", str(tmp_path / "out"), "--dense"]) == 1
-    assert "no experts" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["import", "magvit", str(tmp_path), "--out", str(tmp_path / "out"), "--dense"])
+    assert "unrecognized arguments: --dense" in capsys.readouterr().err
