@@ -1,0 +1,318 @@
+"""Sets of samples as they lie on disk, each readable at any index: LLaVA JSON and JSONL, parquet, `datasets` folders.
+
+A source opens its files when it is read, never before, and holds no handle of its own: it can be given to other
+processes as it is. Shards are in `shards`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unif2ace.data.config import TASKS, FieldMap, SetConfig
+from unif2ace.data.samples import Sample, SampleError, check_fields, look_up, record_serves, sample_of
+from unif2ace.errors import UserError
+from unif2ace.files import digest
+
+
+class Source(ABC):
+    """Samples by index.
+
+    Attributes:
+        path: what was opened.
+        fingerprint: of the records (not of image files, which they only name).
+        damaged: (where, reason) of damage that was met while opening, of records that have no index.
+    """
+
+    path: Path
+    fingerprint: str
+    damaged: list[tuple[str, str]]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Raises SampleError where the sample cannot be read."""
+
+    def serving(self, task: str) -> np.ndarray | None:
+        """Indices of the samples that have the words for `task`; None: all, as far as is known without reading."""
+        return None
+
+
+def open_source(config: SetConfig, where: str) -> Source:
+    """The set that `config` describes; `where` is its key in the config, for messages.
+
+    Raises:
+        UserError: it is not there, not of its kind, or has other fields.
+    """
+    path = Path(config.path)
+    if not path.exists():
+        raise UserError(f"{where}.path: {path} is not there")
+    kind = _kind(path) if config.kind == "auto" else config.kind
+    images = Path(config.images) if config.images else path.parent
+    if kind == "llava":
+        return JsonSource(path, images, config.fields, where)
+    if kind == "parquet":
+        return ParquetSource(path, images, config.fields, where)
+    if kind == "datasets":
+        return DatasetsSource(path, images, config.fields, where)
+    if kind == "shards":
+        from unif2ace.data.shards import ShardSource
+
+        return ShardSource(path, config.fields, where)
+    raise UserError(f"{where}.kind: cannot tell what {path} is; name one of llava, parquet, datasets, shards")
+
+
+def _kind(path: Path) -> str | None:
+    if path.suffix in (".json", ".jsonl"):
+        return "llava"
+    if path.suffix in (".parquet", ".tar"):
+        return {".parquet": "parquet", ".tar": "shards"}[path.suffix]
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return "datasets"
+    for pattern, kind in (("*.tar", "shards"), ("job.json", "shards"), ("*.parquet", "parquet")):
+        if next(path.glob(pattern), None):
+            return kind
+    return None
+
+
+class _File:
+    """A file open for reading for as long as it is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@functools.lru_cache(maxsize=128)
+def _opened(path: Path) -> _File:
+    return _File(path)
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """Bytes of a file. Reading moves no pointer, so processes that share the open file do not disturb each other.
+
+    Raises:
+        SampleError: the file cannot be read, or ends before.
+    """
+    where = f"{path} at byte {offset}"
+    try:
+        file, parts, missing = _opened(path), [], size
+        while missing:
+            part = os.pread(file.descriptor, missing, offset + size - missing)
+            if not part:
+                raise SampleError(where, f"the file ends {missing} bytes early")
+            parts.append(part)
+            missing -= len(part)
+    except OSError as error:
+        raise SampleError(where, error.strerror or str(error)) from error
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class JsonSource(Source):
+    """A JSON list or JSON lines of records; records of one image are one sample with all that is said of it.
+
+    What is kept in memory is where each record lies.
+    """
+
+    def __init__(self, path: Path, images: Path, fields: FieldMap, where: str = "data") -> None:
+        self.path, self.images, self.fields, self.damaged = path, images, fields, []
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{where}.path: cannot read {path}: {error.strerror}") from error
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        groups: dict[str, int] = {}
+        spans: list[tuple[int, int]] = []
+        serves: list[list[bool]] = []
+        owners, first = [], True
+        for start, stop, record in _records(path, content):
+            if not isinstance(record, dict):
+                image, flags = None, dict.fromkeys(TASKS, True)  # who reads it is told what is wrong
+            else:
+                if first:
+                    check_fields(record, fields, f"{where}: {path}")
+                    first = False
+                image, flags = look_up(record, fields.image), record_serves(record, fields)
+            name = image if isinstance(image, str) else f"\n{len(spans)}"
+            owner = groups.setdefault(name, len(groups))
+            if owner == len(serves):
+                serves.append([flags[task] for task in TASKS])
+            else:
+                serves[owner] = [a or flags[task] for a, task in zip(serves[owner], TASKS)]
+            spans.append((start, stop))
+            owners.append(owner)
+        if not spans:
+            raise UserError(f"{where}.path: {path} holds no records")
+        by_owner = np.argsort(owners, kind="stable")
+        self._spans = np.array(spans, np.int64)[by_owner]
+        self._first = np.concatenate([[0], np.cumsum(np.bincount(owners))])
+        self._serves = np.array(serves, bool)
+
+    def __len__(self) -> int:
+        return len(self._serves)
+
+    def __getitem__(self, index: int) -> Sample:
+        parts = []
+        for start, stop in self._spans[self._first[index] : self._first[index + 1]].tolist():
+            where = f"{self.path} at byte {start}"
+            try:
+                record = json.loads(read_at(self.path, start, stop - start))
+            except ValueError as error:
+                raise SampleError(where, f"not JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise SampleError(where, f"expected a record with its fields, got {record!r:.80}")
+            parts.append(sample_of(record, self.fields, where, f"{self.path.name}:{start}", self.images))
+        first = parts[0]
+        return Sample(
+            key=first.key,
+            where=first.where,
+            image=first.image,
+            captions=tuple(each for part in parts for each in part.captions),
+            conversations=tuple(each for part in parts for each in part.conversations),
+            text=first.text,
+        )
+
+    def serving(self, task: str) -> np.ndarray | None:
+        return np.flatnonzero(self._serves[:, TASKS.index(task)])
+
+
+def _records(path: Path, content: bytes) -> Iterator[tuple[int, int, Any]]:
+    """(first byte, one past the last, value) of each record; the value of a line that is no JSON is None."""
+    if path.suffix == ".jsonl":
+        start = 0
+        for line in content.splitlines(keepends=True):
+            if line.strip():
+                try:
+                    yield start, start + len(line), json.loads(line)
+                except ValueError:
+                    yield start, start + len(line), None
+            start += len(line)
+        return
+    # One character a byte, so that places in the text are places in the file; JSON's own marks are all ASCII.
+    text, decoder = content.decode("latin-1"), json.JSONDecoder()
+    place = _skip(text, 3 if content.startswith(b"\xef\xbb\xbf") else 0)
+    if text[place : place + 1] != "[":
+        raise UserError(f"{path}: expected a list of records; one record a line is called .jsonl")
+    place = _skip(text, place + 1)
+    while text[place : place + 1] != "]":
+        try:
+            _, stop = decoder.raw_decode(text, place)
+            value = json.loads(content[place:stop])
+        except ValueError as error:
+            raise UserError(f"{path} is damaged at byte {place} ({error})") from error
+        yield place, stop, value
+        place = _skip(text, stop)
+        if text[place : place + 1] == ",":
+            place = _skip(text, place + 1)
+        elif text[place : place + 1] != "]":
+            raise UserError(f"{path} is damaged at byte {place}: expected a comma or the end of the list")
+
+
+def _skip(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n":
+        place += 1
+    return place
+
+
+class ParquetSource(Source):
+    """Parquet files. A whole row group is read for a record and the last two are kept, so read them in order: training
+    in random order wants `unif2ace precompute` first."""
+
+    def __init__(self, path: Path, images: Path, fields: FieldMap, where: str = "data") -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise UserError("parquet files need pyarrow: pip install 'unif2ace[data]'") from error
+        self.path, self.images, self.fields, self.damaged = path, images, fields, []
+        self._files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        groups: list[tuple[int, int]] = []
+        firsts, footers = [0], []
+        for number, file in enumerate(self._files):
+            try:
+                metadata = parquet.read_metadata(file)
+            except (OSError, pyarrow.ArrowInvalid) as error:
+                raise UserError(f"{where}.path: {file} is not a parquet file that can be read ({error})") from error
+            for group in range(metadata.num_row_groups):
+                groups.append((number, group))
+                firsts.append(firsts[-1] + metadata.row_group(group).num_rows)
+            footers.append(f"{file.name} {file.stat().st_size} {metadata.to_dict()}".encode())
+        self._groups, self._firsts, self.fingerprint = groups, np.array(firsts), digest(*footers)
+        if not firsts[-1]:
+            raise UserError(f"{where}.path: {path} holds no records")
+        check_fields(self._record(0), fields, f"{where}: {path}")
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        number = self._group_of(index)
+        where = f"{self._files[self._groups[number][0]]} record {index}"
+        return sample_of(self._record(index), self.fields, where, f"{self.path.name}:{index}", self.images)
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self._firsts, index, side="right")) - 1
+
+    def _record(self, index: int) -> dict[str, Any]:
+        import pyarrow
+
+        number = self._group_of(index)
+        file, group = self._groups[number]
+        try:
+            table = _row_group(self._files[file], group)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise SampleError(f"{self._files[file]} row group {group}", str(error)) from error
+        return table.slice(index - int(self._firsts[number]), 1).to_pylist()[0]
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(file: Path, group: int) -> Any:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(file) as opened:
+        return opened.read_row_group(group)
+
+
+class DatasetsSource(Source):
+    """A folder that `datasets.Dataset.save_to_disk` wrote: memory-mapped, so any order is a good one."""
+
+    def __init__(self, path: Path, images: Path, fields: FieldMap, where: str = "data") -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError("this folder needs the package datasets: pip install 'unif2ace[data]'") from error
+        self.path, self.images, self.fields, self.damaged = path, images, fields, []
+        try:
+            rows = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{where}.path: datasets cannot read {path} ({error})") from error
+        if isinstance(rows, datasets.DatasetDict):
+            splits = ", ".join(str(path / name) for name in rows)
+            raise UserError(f"{where}.path: {path} holds several sets; name one: {splits}")
+        if not len(rows):
+            raise UserError(f"{where}.path: {path} holds no records")
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):  # the file as it is, not a decoded picture
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        self._rows, self.fingerprint = rows, digest(str(rows._fingerprint).encode(), str(len(rows)).encode())
+        check_fields(rows[0], fields, f"{where}: {path}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        where = f"{self.path} record {index}"
+        return sample_of(self._rows[index], self.fields, where, f"{self.path.name}:{index}", self.images)

@@ -1,0 +1,103 @@
+"""Settings of a command: dataclasses from a YAML file and from `--a.b=c`, with the key named that is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from unif2ace.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_settings(path: Path | None, given: Sequence[str]) -> dict[str, Any]:
+    """Plain values of a YAML file (or none), with `--a.b=c` put over them, c read as YAML; `--a.0.b` is in a list.
+
+    Raises:
+        UserError: the file cannot be read, or one of `given` has another form or finds no place.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected keys and values, got {values!r:.80}")
+    for each in given:
+        name, equals, text = each.partition("=")
+        if not name.startswith("--") or not equals or not name[2:]:
+            raise UserError(f"{each}: expected --KEY=VALUE, or --KEY.KEY=VALUE for a key within")
+        try:
+            _put(values, name[2:].split("."), yaml.safe_load(text))
+        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{each}: there is no place for it ({' '.join(str(error).split())})") from error
+    return values
+
+
+def _put(values: Any, names: list[str], value: Any) -> None:
+    name = int(names[0]) if isinstance(values, list) else names[0]
+    if len(names) == 1:
+        values[name] = value
+        return
+    if isinstance(values, dict) and values.get(name) is None:
+        values[name] = {}
+    _put(values[name], names[1:], value)
+
+
+def parse(kind: type[T], values: Any, where: str) -> T:
+    """A dataclass from plain values as YAML or JSON gives them: nested dataclasses, tuples of them, optional values.
+
+    Args:
+        where: what messages put before a key; empty: nothing.
+
+    Raises:
+        UserError: a key that there is not, one that is missing, a value of another type; the message names the key.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'settings'}: expected keys and values, got {values!r}")
+    within = f"{where}." if where else ""
+    known = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+            raise UserError(f"{within}{key}: there is no such key; {hint}")
+    for name, each in known.items():
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING and name not in values:
+            raise UserError(f"{within}{name}: it is missing")
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _value(hints[key], value, f"{within}{key}") for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(each for each in typing.get_args(hint) if each is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, got {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, each, f"{where}[{index}]") for index, each in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 takes 1e-4 for a text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where}: expected {_NAMES.get(hint, hint)}, got {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
