@@ -64,8 +64,8 @@ class Loops:
         """Of both branches, every position and the whole vocabulary, float32."""
         batch = t2i_batch(self.prompts, ids.repeat(2, 1), self.config)
         dtype = self.model.head.weight.dtype
-        batch = dataclasses.replace(batch, semantic=batch.semantic.to(dtype), identity=batch.identity.to(dtype))
-        return self.model(**vars(batch)).logits.float()
+        features = {"semantic": batch.semantic.to(dtype), "identity": batch.identity.to(dtype)}
+        return self.model(**vars(dataclasses.replace(batch, labels=None, **features))).logits.float()
 
     @torch.no_grad()
     def choose(self, logits: Tensor, ids: Tensor, ratio: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
