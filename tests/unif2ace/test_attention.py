@@ -61,9 +61,10 @@ class Rows:
 
 
 BATCHES = {
-    # Rows of 14 positions; an image with its <soi> and <eoi> takes 6 of them, in t2i the last tokens.
-    "t2i": Rows([(T2I, 0, 14, 0, 9), (T2I, 3, 11, 0, 9), (T2I, 6, 6, 2, 7), (T2I, 0, 8, 6, 3)]),
-    "mmu, pads after": Rows([(MMU, 0, 14, 0, 2), (MMU, 0, 9, 5, 2), (MMU, 0, 7, 7, 2)]),
+    # Rows of 14 positions; an image with its <soi> and <eoi> takes 6 of them, in t2i the last tokens. The last row of
+    # the first two ends within its image, as nobody should ask; what is not there is not read.
+    "t2i": Rows([(T2I, 0, 14, 0, 9), (T2I, 3, 11, 0, 9), (T2I, 6, 6, 2, 7), (T2I, 0, 8, 6, 3), (T2I, 0, 9, 5, 6)]),
+    "mmu, pads after": Rows([(MMU, 0, 14, 0, 2), (MMU, 0, 9, 5, 2), (MMU, 0, 7, 7, 2), (MMU, 0, 5, 9, 2)]),
     "mmu, pads before": Rows([(MMU, 0, 14, 0, 2), (MMU, 5, 9, 0, 7), (MMU, 7, 7, 0, 9)]),
     "text": Rows([(MMU, 0, 14, 0, -1), (MMU, 4, 10, 0, -1), (MMU, 0, 1, 13, -1), (T2I, 3, 8, 3, -1)]),
     "mixed": Rows([(T2I, 3, 11, 0, 9), (MMU, 0, 12, 2, 2), (MMU, 2, 9, 3, -1), (T2I, 0, 11, 3, 6), (MMU, 4, 10, 0, 6)]),
@@ -156,6 +157,16 @@ def test_padding_sees_itself(rows):
     for queries in (rows.length, 5):
         seen = rows.visibility(queries=queries).mask(queries)
         assert seen.diagonal(rows.length - queries, dim1=2, dim2=3).all()
+
+
+@pytest.mark.parametrize("queries", [14, 5, 1])
+def test_flash_attns_calls_share_out_the_queries_that_are_no_padding(rows, queries):
+    calls = rows.visibility(queries=queries).varlen_calls(queries)
+    assert torch.equal(sum(call.mine.int() for call in calls), rows.facts[0][:, -queries:].int())
+    for call in calls:
+        sequences = torch.stack([call.cu_queries.diff(), call.cu_keys.diff()]).view(2, len(rows.rows), 5)
+        assert torch.equal(sequences[0, :, 2], call.mine.sum(1)), "the third of a row's five"
+        assert not sequences[:, :, [0, 1, 3, 4]].prod(0).any(), "the others compute nothing"
 
 
 @pytest.mark.parametrize("queries", [1, 3, 7, 13])
