@@ -1,4 +1,4 @@
-"""A quick image tokenizer and encoder, in a module that a new process imports quickly."""
+"""A quick image tokenizer and encoder and a job with them, in a module that a new process imports quickly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from unif2ace.data.config import SetConfig
 from unif2ace.data.encode import Encoding, square_frame
+from unif2ace.data.precompute import PrecomputeConfig
 from unif2ace.errors import UserError
 
 SIDE, CODES, CODE_BITS = 8, 4, 4
@@ -88,3 +91,11 @@ class PickyIdentity(QuickIdentity):
 class PickyEncoding(QuickEncoding):
     def build(self) -> Encoding:
         return dataclasses.replace(super().build(), identity=PickyIdentity())
+
+
+QUICK = QuickEncoding()
+
+
+def job(path: Path, out: Path, encoding: QuickEncoding = QUICK, **changes) -> PrecomputeConfig:
+    values = {"shard": 5, "batch": 2, **changes}
+    return PrecomputeConfig(SetConfig(str(path)), encoding, str(out), **values)  # type: ignore[arg-type]

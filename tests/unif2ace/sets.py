@@ -11,15 +11,15 @@ import numpy as np
 import tiny
 import torch
 from PIL import Image
-from quick import CODE_BITS, CODES, QuickEncoding
+from quick import CODE_BITS, CODES, job
 from safetensors.torch import save_file
 
 from unif2ace.configs import VocabularyConfig
 from unif2ace.data.config import DataConfig, MixConfig, SetConfig
-from unif2ace.data.precompute import PrecomputeConfig, precompute
+from unif2ace.data.precompute import precompute
 from unif2ace.data.sources import Source, open_source
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from unif2ace.model.modeling import describe_image_tokenizer
+from unif2ace.model.image_tokenizers import describe_image_tokenizer
 from unif2ace.model.text_tokenizer import TextTokenizer
 
 WORDS = ("a face with dark hair", "a person, big smile", "portrait, soft light", "a face", "bright green background")
@@ -73,14 +73,6 @@ def saved_tokenizer(folder: Path) -> tuple[Path, ImageTokenizer]:
     save_file({f"image_tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"image_tokenizer": describe_image_tokenizer(tokenizer)}))
     return folder, tokenizer
-
-
-QUICK = QuickEncoding()
-
-
-def job(path: Path, out: Path, encoding: QuickEncoding = QUICK, **changes) -> PrecomputeConfig:
-    values = {"shard": 5, "batch": 2, **changes}
-    return PrecomputeConfig(SetConfig(str(path)), encoding, str(out), **values)  # type: ignore[arg-type]
 
 
 def shards(folder: Path, count: int = 23, **changes) -> Path:

@@ -18,6 +18,7 @@ import sets
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import QuickEncoding, job
 
 from unif2ace.data.config import MixConfig, SetConfig
 from unif2ace.data.shards import index_path
@@ -325,8 +326,6 @@ def test_codes_of_another_tokenizer_stop_it(folder, text):
 
 def test_pictures_are_encoded_on_the_way(text, model, tmp_path, folder):
     """Slow, but the same rows as from shards, up to the half floats that shards hold."""
-    from quick import QuickEncoding
-
     path = sets.llava(tmp_path, COUNT)
     with pytest.raises(UserError, match="it has no codes; run `unif2ace precompute`"):
         take(Stream(sets.config(SetConfig(str(path))), model, text), 1)
@@ -337,7 +336,7 @@ def test_pictures_are_encoded_on_the_way(text, model, tmp_path, folder):
 
 
 def test_sets_are_mixed_by_their_sizes(folder, text, model, tmp_path):
-    more = sets.precompute(sets.job(sets.llava(tmp_path / "raw", 7, first=100), tmp_path / "more"), progress=False)
+    more = sets.precompute(job(sets.llava(tmp_path / "raw", 7, first=100), tmp_path / "more"), progress=False)
     assert more["samples"] == 7
     both = (SetConfig(str(folder), tasks=("t2i", "mmu")), SetConfig(str(tmp_path / "more"), tasks=("t2i",)))
     steps = take(Stream(sets.config(*both), model, text), 15)
@@ -371,7 +370,7 @@ def test_text_that_cannot_be_read_is_counted_once_and_for_all(text, model, tmp_p
     path.write_text('{"text": "some words that are long enough"}\n{"text": "br\n')
     data = sets.config(SetConfig(str(path), tasks=("lm",)), mix=MixConfig(0, 0, 1), max_corrupt=1)
     for _ in range(2):  # the second takes the token file as it is
-        assert [*Stream(data, model, text).corrupt] == [f"{path} at byte 45"]
+        assert [*Stream(data, model, text).corrupt] == [f"{path} at byte 44"]
     with pytest.raises(UserError, match="1 samples could not be read, data.max_corrupt allows 0"):
         Stream(dataclasses.replace(data, max_corrupt=0), model, text)
 
@@ -382,7 +381,7 @@ def test_samples_that_do_not_serve_a_task_are_not_asked(text, model, tmp_path):
     for number in (2, 5):
         del records[number]["caption"]
     (raw / "faces.json").write_text(json.dumps(records))
-    sets.precompute(sets.job(raw / "faces.json", tmp_path / "out"), progress=False)
+    sets.precompute(job(raw / "faces.json", tmp_path / "out"), progress=False)
     steps = take(Stream(sets.config(SetConfig(str(tmp_path / "out"))), model, text), 10)
     captioned = [key for step in steps for key in step.keys[0] if key.startswith("t2i")]
     assert {"t2i:face-2", "t2i:face-5"}.isdisjoint(captioned) and len(set(captioned)) == 10

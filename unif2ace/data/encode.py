@@ -119,11 +119,12 @@ class Encoding:
         made: list[Sample | SampleError] = []
         faces: list[np.ndarray] = []  # what the tokenizer sees
         views: list[np.ndarray] = []  # what the encoders see
-        frame = self.frame or square_frame
         for sample in samples:
             try:
                 content = sample.image_bytes()
                 picture = sample.pixels(content)
+                # One that has the frame's size already stands in it: a painting, or a face that was framed before.
+                frame = square_frame if picture.shape[:2] == (self.side, self.side) else self.frame or square_frame
                 faces.append(frame(picture, self.side))
                 views.append(frame(picture, max(self.side, FEATURES_SIDE)))
                 made.append(dataclasses.replace(sample, image=content))
@@ -185,7 +186,7 @@ def load_image_tokenizer(folder: Path) -> tuple[Any, str]:
     Raises:
         UserError: it is missing or damaged.
     """
-    from unif2ace.model.modeling import build_image_tokenizer
+    from unif2ace.model.image_tokenizers import build_image_tokenizer
 
     described = read_json(folder / "config.json").get("image_tokenizer")
     if not described:

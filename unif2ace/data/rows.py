@@ -136,9 +136,10 @@ class RowMaker:
         if not text.strip():
             raise SampleError(where, "a text of it is empty", corrupt=False)
         try:
-            return self.text.encode(text)
+            text.encode()  # JSON can spell half a character, which no tokenizer takes
         except UnicodeEncodeError as error:
             raise SampleError(where, f"a text of it is no Unicode ({error.reason})") from error
+        return self.text.encode(text)
 
     def _cut(self, ids: list[int], room: int, where: str, told: Counter) -> list[int]:
         if len(ids) <= room:

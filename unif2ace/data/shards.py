@@ -231,9 +231,9 @@ class ShardSource(Source):
                     if info.isfile() and extension:
                         names.setdefault(extension.lower(), len(names))
                         samples.setdefault(f"{folder}/{stem}", {})[extension.lower()] = (info.offset_data, info.size)
-            with path.open("rb") as file:  # tarfile takes a header that it cannot read for the end
-                file.seek(end)
-                whole = not file.read(tarfile.BLOCKSIZE).strip(b"\0")
+            with path.open("rb") as content:  # tarfile takes a header that it cannot read for the end
+                content.seek(end)
+                whole = not content.read(tarfile.BLOCKSIZE).strip(b"\0")
         except tarfile.TarError:
             whole = False
         if not whole:
