@@ -30,7 +30,12 @@ EXTRAS = {
     "clip": ["open_clip_torch"],
     # 6.x names pillow < 13; what pip finds beside pillow 13 is a gradio of 2023 that does not import
     "app": ["gradio>=6.20"],
+    # sets in parquet files and in folders of Hugging Face's datasets; JSON and shards need nothing
+    "data": ["pyarrow", "datasets"],
     "dev": [
+        "pyarrow",
+        "datasets",
+        "webdataset",
         "pytest",
         "pytest-xdist",
         "onnx",
