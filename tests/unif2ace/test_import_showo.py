@@ -15,7 +15,7 @@ from unif2ace.cli import main
 from unif2ace.configs import TokenMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.importers import parts
-from unif2ace.importers.phi import Options
+from unif2ace.importers.phi import Options, Sizes
 from unif2ace.importers.showo import import_showo
 from unif2ace.importers.weights import Weights
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
@@ -105,6 +105,17 @@ def test_the_config_is_read_from_shapes_and_settings(published, tmp_path):
     assert config.vocabulary == VocabularyConfig(40, 16) and config.parallel_block and not config.image_positions
     file = published / "pytorch_model.safetensors"
     assert import_showo(file)[0].config == config, "the file alone, with the config.json beside it"
+
+
+def test_at_show_os_own_size_it_is_the_base_model():
+    """1.80 B parameters, 1.45 of them Show-o's."""
+    sizes = Sizes(rows=58498, hidden=2048, layers=24, heads=32, ffn=8192, qk_norm=True, rotary=0.5)
+    config = sizes.config(VocabularyConfig(), 256, Options())
+    assert config.replace(eos_token_id=50256) == UniF2aceConfig.base()
+    with torch.device("meta"):
+        count = sum(each.numel() for each in UniF2aceForConditionalGeneration(config).parameters())
+    theirs = sum(torch.Size(shape).numel() for shape in sizes.shapes("").values())
+    assert round(count / 1e9, 2) == 1.80 and round(theirs / 1e9, 2) == 1.45
 
 
 def shards(folder, kind: str, count: int = 2):

@@ -68,6 +68,7 @@ def assemble(
         f"image tokenizer: {images}, {own.codes} codes, pictures of {pictures.config.side} x {pictures.config.side}",
         f"text tokenizer: {text or model}, {words.size} tokens",
         *(f"{kind} encoder: {name}" for kind, name in encoders.items()),
+        *([] if len(encoders) == 2 else ["without both encoders it answers no questions on pictures"]),
     ]
 
 

@@ -21,12 +21,9 @@ from unif2ace.configs import UniF2aceConfig
 from unif2ace.errors import UserError
 from unif2ace.files import read_json, write_json
 from unif2ace.importers.weights import Weights
+from unif2ace.model.image_tokenizers import build_image_tokenizer, describe_image_tokenizer
 from unif2ace.model.magvit import Magvit
-from unif2ace.model.modeling import (
-    UniF2aceForConditionalGeneration,
-    build_image_tokenizer,
-    describe_image_tokenizer,
-)
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 FORMAT = 2  # of an image tokenizer's config.json
 IMAGES = "image_tokenizer"

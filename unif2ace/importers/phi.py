@@ -21,7 +21,8 @@ from unif2ace.configs import SequenceMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.importers.texts import find_text_tokenizer, load_text_tokenizer
 from unif2ace.importers.weights import Weights
-from unif2ace.model.modeling import Block, UniF2aceForConditionalGeneration
+from unif2ace.model.blocks import Block
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 LICENCE = "MIT (as published at microsoft/phi-1_5)"
 NOT_PLACED = ("rotary_emb.inv_freq",)
