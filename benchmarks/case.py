@@ -62,6 +62,7 @@ class Case:
         build: makes the tensors and the contenders on a device.
         devices: where the case is run by default; a shape may be too large for a CPU.
         smoke: whether the case is of the tiny set that only shows that everything runs.
+        axis: what grows from case to case, of which this one has `at`; in a series that shows how cost grows.
     """
 
     op: str
@@ -75,6 +76,8 @@ class Case:
     build: Callable[[torch.device], Work] = field(repr=False)
     devices: tuple[str, ...] = ("cpu", "cuda")
     smoke: bool = False
+    axis: str = ""
+    at: int = 0
 
     @property
     def name(self) -> str:

@@ -16,23 +16,18 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from .environment import ROOT, commit, versions
+from .stages import Stage, run_stages, summary
 
-OK, FAILED, TIMEOUT, NOT_RUN = "ok", "failed", "timeout", "not run"
 NO_CUDA = "no CUDA device"
-MIN_SLICE_S = 3.0  # less is left: the stage is not begun
 CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
-TAIL = 6000  # characters of a stage's output that gpu.json keeps
 _PYTHON = sys.executable
 
 _REPORT = """
@@ -55,19 +50,23 @@ for part, reason in missing.items():
 tools = {"c++": "c++", "cuda c++": "nvcc"}
 sys.exit(any(part in missing and shutil.which(tool) for part, tool in tools.items()))
 """
-# A process a file, side by side: most of their time goes into compiling kernels, on a core each.
+# A process a file, a core each: most of their time goes into compiling kernels. Whether a file has tests for a GPU is
+# seen in its text, since importing torch to find none would cost seconds a file.
 _TESTS = """
-import glob, subprocess, sys, threading
-def tell(lines):
-    for line in lines:
+import concurrent.futures, glob, importlib.util, os, subprocess, sys
+only_gpu, arguments = sys.argv[1] == "gpu", sys.argv[2:]
+folders = ["kernels"] + ["unif2ace"] * (only_gpu and importlib.util.find_spec("transformers") is not None)
+files = [file for folder in folders for file in sorted(glob.glob(f"tests/{folder}/test_*.py"))]
+if only_gpu:
+    files = [file for file in files if "mark.gpu" in open(file).read()]
+command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *arguments]
+def run(file):
+    process = subprocess.Popen([*command, file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
         print(line, end="", flush=True)
-command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *sys.argv[1:]]
-processes = [subprocess.Popen([*command, file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for file in sorted(glob.glob("tests/kernels/test_*.py"))]
-threads = [threading.Thread(target=tell, args=[each.stdout]) for each in processes]
-[each.start() for each in threads]
-[each.join() for each in threads]
-codes = {each.wait() for each in processes}
+    return process.wait()
+with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    codes = set(pool.map(run, files)) or {5}
 sys.exit(1 if codes - {0, 5} else min(codes))
 """
 _EXPLAIN = """
@@ -77,27 +76,6 @@ from unif2ace_kernels._library import explain, registered_ops
 for op in registered_ops():
     print(explain(op, torch.empty(0, device=sys.argv[1])))
 """
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command of the run.
-
-    Attributes:
-        name: ``"tests gpu"``; --stages matches its beginning.
-        command: argument list, run in the repository's root.
-        seconds: the most it may take.
-        missing: why it cannot run here; None where it can.
-        environment: variables set beside the machine's.
-        empty_code: the exit status that means that there was nothing to do.
-    """
-
-    name: str
-    command: Sequence[str]
-    seconds: float
-    missing: str | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-    empty_code: int | None = None
 
 
 def _python(*arguments: str) -> list[str]:
@@ -159,13 +137,13 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
     no_pytest = None if has_pytest else f"pytest is not installed and no wheel of it is in {CARRIED}"
     collect = ["--collect-only"] if dry_run else []
 
-    def tests(name: str, arguments: list[str], seconds: float, missing: str | None) -> Stage:
-        command = _python("-c", _TESTS, *arguments, *collect)
+    def tests(name: str, which: str, marks: str, seconds: float, missing: str | None) -> Stage:
+        command = _python("-c", _TESTS, which, "-m", marks, *collect)
         return Stage(name, command, seconds, no_pytest or missing, empty_code=5)
 
-    def bench(op: str, shape: str, seconds: float, *more: str) -> Stage:
+    def bench(op: str, shape: str, seconds: float, *more: str, each: float = 1) -> Stage:
         how = ["--list", "--device", "cuda"] if dry_run else ["--device", "cuda", "--json", str(out / "benches.jsonl")]
-        command = _python("-m", "benchmarks.run", "--op", op, "--shape", shape, "--seconds", "1", *how, *more)
+        command = _python("-m", "benchmarks.run", "--op", op, "--shape", shape, "--seconds", str(each), *how, *more)
         compiled = ["compiled"] if "torch.compile" in more else []
         return Stage(" ".join(filter(None, ["bench", op, shape, *compiled])), command, seconds, needs_cuda)
 
@@ -174,119 +152,43 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         command = _python("-m", "benchmarks.sweep", "--knob", knob, "--seconds", "2", *how)
         return Stage(f"sweep {knob}", command, seconds, needs_cuda)
 
-    sanitizer = shutil.which("compute-sanitizer")
+    def sanitizer(tool: str, op: str, seconds: float) -> Stage:
+        found = shutil.which("compute-sanitizer")
+        run = _python("-m", "benchmarks.run", "--smoke", "--check", "--op", op, "--against", "no baseline")
+        return Stage(
+            f"sanitizer {tool}",
+            [found or "", "--tool", tool, "--error-exitcode", "9", *run, "--device", "cuda"],
+            seconds,
+            not_dry or (None if found else "no compute-sanitizer on the path"),
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has bounds of its own
+        )
+
     smallest = ["--smoke", "--op", "random", "--device", device, "--json", str(out / "benches.jsonl")]
     return [
         Stage("build", _python("-c", _BUILD), 150, not_dry, archs),
         Stage("explain", _python("-c", _EXPLAIN, device), 120),
         Stage("bench smallest", _python("-m", "benchmarks.run", *smallest), 120),
-        tests("tests gpu", ["-m", "gpu"], 200, needs_cuda),
-        Stage(
-            "sanitizer",
-            [sanitizer or "", "--error-exitcode", "9", *_python("-m", "benchmarks.run", "--smoke", "--check"),
-             "--against", "no baseline", "--device", "cuda"],
-            60,
-            not_dry or (None if sanitizer else "no compute-sanitizer on the path"),
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has bounds of its own
-        ),
+        tests("tests gpu", "gpu", "gpu", 200, needs_cuda),
+        sanitizer("memcheck", "", 60),
         bench("moe.layer", "gpu-core", 110, "--no-compile"),
         bench("d3diff.loss", "x256 slice", 70, "--no-compile"),
         bench("sampling", "paper-64x256", 60, "--no-compile"),
-        bench("moe.route", "", 40, "--no-compile"),
+        bench("moe.route", "router", 40, "--no-compile"),
         bench("moe.mix", "paper-16", 30, "--no-compile"),
         bench("d3diff.n", "paper-16x256", 30, "--no-compile"),
-        bench("random", "", 20),
-        tests("tests kernels", ["-m", "not slow and not gpu"], 150, needs_cuda),
+        bench("random", "paper", 20),
+        bench("", "scaling", 120, "--no-compile", each=0.3),
+        tests("tests kernels", "all", "not slow and not gpu", 150, needs_cuda),
         bench("d3diff.loss", "x1024 slice", 60, "--no-compile"),
         bench("d3diff.loss", "paper-16x256", 80, "--against", "torch.compile"),
         bench("moe.layer", "paper-16k", 80, "--against", "torch.compile"),
         bench("sampling", "paper-16", 60, "--against", "torch.compile"),
+        sanitizer("racecheck", "moe.route", 60),
         bench("moe.layer", "gpu-grid", 200, "--no-compile"),
         sweep("moe.layer", 400),
         sweep("d3diff.loss", 200),
         sweep("sampling", 100),
-    ]  # fmt: skip
-
-
-def run_stage(stage: Stage, seconds: float, log: Path, path: Sequence[str] = ()) -> dict:
-    """Run one stage for at most `seconds`; append its output to `log`; say what happened."""
-    folders = [*path, str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = {**os.environ, **stage.environment, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
-    environment["PYTHONUNBUFFERED"] = "1"
-    start = time.monotonic()
-    with log.open("a+b") as output:
-        output.write(f"\n===== {stage.name}: {' '.join(stage.command)[:300]}\n".encode())
-        output.flush()
-        begin = output.tell()
-        process = subprocess.Popen(
-            stage.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(timeout=seconds)
-            status = OK if code == 0 else NOT_RUN if code == stage.empty_code else FAILED
-        except subprocess.TimeoutExpired:
-            status, code = TIMEOUT, None
-        finally:
-            _end(process)
-        output.seek(begin)
-        tail = output.read().decode(errors="replace")[-TAIL:]
-    return {"status": status, "exit_code": code, "seconds": round(time.monotonic() - start, 2), "tail": tail}
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End the stage's process group, gently and then not; a group that is gone already is what is wanted."""
-    for sign, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def write_report(report: Mapping, path: Path) -> None:
-    """Replace `path` in one step, so that whoever reads it finds a whole one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    part.replace(path)
-
-
-def keep_whole_lines(path: Path) -> None:
-    """Drop a last line that a killed stage left unfinished."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n" * (b"\n" in path.read_bytes()))
-
-
-def run_stages(stages: Sequence[Stage], out: Path, deadline: float, head: Mapping, path: Sequence[str] = ()) -> dict:
-    """Run `stages` until `deadline` (monotonic seconds), rewriting gpu.json before and after each."""
-    out.mkdir(parents=True, exist_ok=True)
-    done: list[dict] = []
-    report = {**head, "stages": done}
-    for stage in stages:
-        record: dict = {"name": stage.name, "command": list(stage.command)}
-        done.append(record)
-        left = min(stage.seconds, deadline - time.monotonic())
-        if stage.missing is not None:
-            record |= {"status": NOT_RUN, "reason": stage.missing}
-        elif left < MIN_SLICE_S:
-            record |= {"status": NOT_RUN, "reason": "no time left"}
-        else:
-            record["status"] = "running"
-            write_report(report, out / "gpu.json")
-            try:
-                record |= run_stage(stage, left, out / "stages.log", path)
-            except OSError as error:
-                record |= {"status": FAILED, "reason": str(error)}
-            keep_whole_lines(out / "benches.jsonl")
-        write_report(report, out / "gpu.json")
-        print(f"{record['status']:>8}  {record.get('seconds', 0):6.1f} s  {stage.name}  {record.get('reason', '')}")
-        if record["status"] in (FAILED, TIMEOUT):
-            print("\n".join("          | " + line for line in record.get("tail", "").splitlines()[-15:]))
-        sys.stdout.flush()
-    return report
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -308,9 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = tuple(each.strip() for each in options.stages.split(","))
     stages = [stage for stage in plan(found, out, dry_run=options.dry_run, path=path) if stage.name.startswith(wanted)]
     report = run_stages(stages, out, deadline, head, path)
-    counts = Counter(record["status"] for record in report["stages"])
-    print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; results in {out}")
-    return 1 if counts[FAILED] or counts[TIMEOUT] else 0
+    words, status = summary(report)
+    print(f"{words}; results in {out}")
+    return status
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from .case import Run
 
 MIN_SAMPLE_S = 2e-3  # a CPU sample repeats its call until it is this long: the clock and the call's own noise
 MIN_ROUNDS, MAX_ROUNDS = 7, 50
-LONG_ROUND_S, MIN_LONG_ROUNDS = 5.0, 3  # a round that takes so long is a steady clock by itself
+# A round, or a contender, that takes long is a steady clock by itself: seconds -> fewest samples.
+FEWER_ROUNDS = {1.0: 5, 4.0: 3}
+REFRESH_S = 60.0  # after so long the device's ceilings are looked at again
 _FLUSH_BYTES = 256 << 20  # several times any L2
 _AHEAD_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
 
@@ -51,14 +53,21 @@ def rotated(names: Sequence[str], turn: int) -> list[str]:
 
 
 def interleaved(
-    contenders: Mapping[str, Run], device: torch.device, seconds: float, max_rounds: int = MAX_ROUNDS
+    contenders: Mapping[str, Run],
+    device: torch.device,
+    seconds: float,
+    max_rounds: int = MAX_ROUNDS,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a call, one sample of every contender a round, so that a drift of the machine meets all alike.
 
+    A contender that alone takes long takes part in the first rounds only.
+
     Args:
         contenders: name -> callable; each has run before (warm).
-        seconds: time to spend on all rounds together; at least `MIN_ROUNDS` are made whatever they take
-            (`MIN_LONG_ROUNDS` of rounds beyond `LONG_ROUND_S`).
+        seconds: time to spend on all rounds together; at least `MIN_ROUNDS` are made whatever they take (fewer of long
+            ones, see `FEWER_ROUNDS`).
+        known: seconds that a call of some takes, where that is known already.
 
     Raises:
         ContenderError: a contender raised.
@@ -71,19 +80,28 @@ def interleaved(
         except Exception as error:
             raise ContenderError(name) from error
 
-    once = {name: take(name, 1) for name in contenders}
+    known = known or {}
+    once = {name: known[name] if name in known else take(name, 1) for name in contenders}
     inner = {
         name: 1 if device.type == "cuda" else max(1, min(1000, round(MIN_SAMPLE_S / max(took, 1e-6))))
         for name, took in once.items()
     }
-    round_s = sum(took * inner[name] for name, took in once.items())
-    least = MIN_ROUNDS if round_s < LONG_ROUND_S else MIN_LONG_ROUNDS
-    rounds = min(max_rounds, max(least, int(seconds / round_s)))
+    most = {
+        name: min(max_rounds, MAX_ROUNDS if _least(took) == MIN_ROUNDS else _least(took)) for name, took in once.items()
+    }
+    round_s = sum(took * inner[name] for name, took in once.items() if most[name] >= MIN_ROUNDS)
+    rounds = min(max_rounds, max(_least(round_s), int(seconds / max(round_s, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
-        for name in rotated(list(contenders), turn):
+        taking_part = [name for name in contenders if turn < most[name]]
+        for name in rotated(taking_part, turn):
             samples[name].append(take(name, inner[name]))
     return samples
+
+
+def _least(seconds: float) -> int:
+    """Fewest samples of what takes so long."""
+    return min([MIN_ROUNDS, *(rounds for limit, rounds in FEWER_ROUNDS.items() if seconds >= limit)])
 
 
 def _cpu_sample(run: Run, inner: int) -> float:
@@ -141,6 +159,38 @@ def _proc_status(key: str) -> int:
     return int(found[1]) << 10
 
 
+def saved_bytes(run: Run) -> int:
+    """What a training step keeps from its forward for its backward, beside what was there before it.
+
+    That is what autograd is given to save, each storage once; not what a function hides from it.
+    """
+    before = {_storage(each) for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in before and not tensor.is_meta:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory begins; 0 for one that has none (sparse, meta)."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else 0
+
+
+def counted(run: Run) -> dict[str, int]:
+    """Work of one call on the CPU that needs no clock: `calls` of operators, and `allocated` bytes in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.events()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in events)
+    return {"calls": sum(event.name != "[memory]" for event in events), "allocated": allocated}
+
+
 def cuda_launches(run: Run) -> int:
     """Kernels, copies and fills that one call puts on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -160,29 +210,47 @@ def host_seconds(run: Run, repeats: int = 10) -> float:
     return statistics.median(took)
 
 
-@cache
+_BEST: dict[tuple[str, ...], tuple[float, float]] = {}  # what -> (best rate so far, when it was last looked at)
+
+
+def _ceiling(what: tuple[str, ...], measure: Callable[[], float]) -> float:
+    """The best rate that was seen, looked at again from time to time: no share of it should pass 1."""
+    best, when = _BEST.get(what, (0.0, -REFRESH_S))
+    if time.monotonic() - when >= REFRESH_S:
+        best = max(best, measure())
+        _BEST[what] = best, time.monotonic()
+    return best
+
+
 def copy_rate(device: torch.device) -> float:
     """Bytes a second, read plus written, of a large device-to-device copy."""
-    count = 1 << 26
-    if device.type == "cuda":  # source and target together take half of what is free, 8 GiB at most
-        count = min(1 << 30, torch.cuda.mem_get_info(device)[0] // (4 * torch.float32.itemsize))
-    source = torch.rand(count, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+
+    def measure() -> float:
+        count = 1 << 26
+        if device.type == "cuda":  # source and target together take half of what is free, 8 GiB at most
+            count = min(1 << 30, torch.cuda.mem_get_info(device)[0] // (4 * torch.float32.itemsize))
+        source = torch.rand(count, device=device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+
+    return _ceiling(("copy", str(device)), measure)
 
 
-@cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product of random matrices."""
-    size = 8192 if device.type == "cuda" and dtype.itemsize < 4 else 4096 if device.type == "cuda" else 1536
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best(lambda: a @ b, device)
+
+    def measure() -> float:
+        size = 8192 if device.type == "cuda" and dtype.itemsize < 4 else 4096 if device.type == "cuda" else 1536
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return 2 * size**3 / _best(lambda: a @ b, device)
+
+    return _ceiling(("product", str(device), str(dtype)), measure)
 
 
 def _best(run: Run, device: torch.device) -> float:
     sample = _CudaSample(device) if device.type == "cuda" else _cpu_sample
     sample(run, 2)
-    return statistics.median(sample(run, 1) for _ in range(9))
+    return min(sample(run, 1) for _ in range(9))
 
 
 def floor_seconds(flops: float, moved: float, device: torch.device, dtype: torch.dtype) -> float:

@@ -13,14 +13,15 @@ import argparse
 import contextlib
 import json
 import sys
+import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from .case import OURS, Baseline, Case, Run, Work
+from .case import OURS, TRAINING, Baseline, Case, Run, Work
 from .environment import describe
 from .measure import (
     MAX_ROUNDS,
@@ -33,9 +34,11 @@ from .measure import (
     interleaved,
     matmul_rate,
     peak_bytes,
+    saved_bytes,
 )
 
 Record = dict[str, Any]
+LONG_CALL_S = 2.0  # a call that took so long when it was checked is not made again to learn how long it takes
 OK, MISSING, WRONG, ERROR = "ok", "missing", "wrong", "error"
 
 
@@ -60,6 +63,7 @@ def run_case(
     base: Record = {
         "op": case.op, "shape": case.shape, "sizes": dict(case.sizes), "source": case.source, "mode": case.mode,
         "dtype": str(case.dtype).removeprefix("torch."), "flops": case.flops, "bytes": case.bytes,
+        **({"axis": case.axis, "at": case.at} if case.axis else {}),
     }  # fmt: skip
     try:
         torch.manual_seed(0)
@@ -69,15 +73,20 @@ def run_case(
 
     records: dict[str, Record] = {}
     ready: dict[str, Run] = {}
+    known: dict[str, float] = {}
     baselines = {name: each for name, each in work.baselines.items() if against in name}
     for name, contender in {OURS: Baseline(work.ours), **baselines}.items():
+        start = time.perf_counter()
         verdict = _admit(contender, work, compiling)
+        took = time.perf_counter() - start
+        if took > LONG_CALL_S and not contender.compiles and device.type == "cpu":
+            known[name] = took
         records[name] = {**base, "contender": name, **verdict}
         if verdict["status"] == OK and contender.run is not None:
             ready[name] = contender.run
     if timing and OURS in ready:
         try:
-            _time(case, device, ready, records, seconds, max_rounds)
+            _time(case, device, ready, records, seconds, max_rounds, known)
         except Exception:
             records[OURS] |= {"status": ERROR, "reason": traceback.format_exc()}
     return list(records.values())
@@ -108,14 +117,20 @@ def _raised(error: BaseException | None, *, ours: bool) -> Record:
 
 
 def _time(
-    case: Case, device: torch.device, ready: dict[str, Run], records: dict[str, Record], seconds: float, rounds: int
+    case: Case,
+    device: torch.device,
+    ready: dict[str, Run],
+    records: dict[str, Record],
+    seconds: float,
+    rounds: int,
+    known: Mapping[str, float],
 ) -> None:
     """Add the measurements of the admitted contenders to their records; one that raises leaves, and says why."""
     floor = floor_seconds(case.flops, case.bytes, device, case.dtype)
     samples: dict[str, list[float]] = {}
     while OURS in ready and not samples:
         try:
-            samples = interleaved(ready, device, seconds, rounds)
+            samples = interleaved(ready, device, seconds, rounds, known)
         except ContenderError as failed:
             del ready[failed.name]
             records[failed.name] |= _raised(failed.__cause__, ours=failed.name == OURS)
@@ -123,7 +138,7 @@ def _time(
         return
     for name, run in ready.items():
         took = Spread.of(samples[name])
-        ratio = Spread.of([theirs / ours for theirs, ours in zip(samples[name], samples[OURS], strict=True)])
+        ratio = Spread.of([theirs / ours for theirs, ours in zip(samples[name], samples[OURS])])
         measured: Record = {
             "median_ms": took.median * 1e3,
             "quartiles_ms": [took.q1 * 1e3, took.q3 * 1e3],
@@ -135,6 +150,8 @@ def _time(
         }
         try:
             measured["peak_bytes"] = peak_bytes(run, device)
+            if case.mode == TRAINING:
+                measured["saved_bytes"] = saved_bytes(run)
             if device.type == "cuda":
                 measured |= {"launches": cuda_launches(run), "host_ms": host_seconds(run) * 1e3}
         except Exception as error:
@@ -197,6 +214,7 @@ def row(record: Record) -> str:
     text = f"{head}{record['median_ms']:10.3f} ms [{low:.3f}, {high:.3f}]  x{record['times_ours']:<6.2f}"
     text += f" floor {100 * record['share_of_floor']:5.1f} %"
     text += "" if peak is None else f"  {peak / 2**20:8.1f} MiB"
+    text += f" ({record['saved_bytes'] / 2**20:.1f} saved)" if "saved_bytes" in record else ""
     return text + (f"  {record['launches']} launches" if "launches" in record else "")
 
 

@@ -1,4 +1,4 @@
-"""The benchmark runner, the comparison of results and the GPU run: what they write, and what they refuse."""
+"""The benchmark runner and the comparison of results: what they write, and what they refuse."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import json
 import math
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import compare, gpu, run
+from benchmarks import compare, run
 from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error_against, relative_error, truth_of
 from benchmarks.cases import CASES
 from benchmarks.measure import Spread, interleaved, peak_bytes, rotated
-from benchmarks.sweep import KNOBS
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 2, 64)
@@ -237,153 +235,3 @@ def test_compare_names_what_is_slower_beyond_noise(tmp_path: Path, capsys, after
     said = capsys.readouterr().out
     assert said.startswith(f"1 cases in both, {status} slower")
     assert ("toy s forward float32: 10.000 -> 12.000 ms" in said) == bool(status)
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def test_gpu_stages_survive_crashes_hangs_and_each_other(tmp_path: Path) -> None:
-    hang = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('begun', flush=True)\n"
-    torn = f"open({str(tmp_path / 'benches.jsonl')!r}, 'w').write('{{\"a\": 1}}\\n{{\"b\": '); raise SystemExit(3)"
-    stages = [
-        gpu.Stage("crash", python("import os; os.abort()"), 20),
-        gpu.Stage("hang", python(hang + "time.sleep(60)"), 4),
-        gpu.Stage("torn", python(torn), 20),
-        gpu.Stage("empty", python("raise SystemExit(5)"), 20, empty_code=5),
-        gpu.Stage("absent", ["/no/such/program"], 20),
-        gpu.Stage("here", python("print('still here')"), 20),
-        gpu.Stage("missing", ["never run"], 20, missing=gpu.NO_CUDA),
-        gpu.Stage("late", python("print('never')"), 0.5),
-    ]
-    returned = gpu.run_stages(stages, tmp_path, time.monotonic() + 60, {"commit": "c"})
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report == returned and report["commit"] == "c"
-    status = {stage["name"]: stage["status"] for stage in report["stages"]}
-    assert status == {"crash": "failed", "hang": "timeout", "torn": "failed", "empty": "not run", "absent": "failed",
-                      "here": "ok", "missing": "not run", "late": "not run"}  # fmt: skip
-    by_name = {stage["name"]: stage for stage in report["stages"]}
-    assert by_name["hang"]["seconds"] < 15 and "begun" in by_name["hang"]["tail"]
-    assert by_name["here"]["tail"].strip() == "still here"
-    assert by_name["missing"]["reason"] == "no CUDA device" and by_name["late"]["reason"] == "no time left"
-    assert (tmp_path / "benches.jsonl").read_text() == '{"a": 1}\n'
-    assert "still here" in (tmp_path / "stages.log").read_text()
-
-
-@pytest.mark.parametrize(
-    ("tools", "missing", "status"),
-    [
-        (["c++", "nvcc"], {"c++": None, "cuda c++": None, "_C": "no pybind11"}, "ok"),
-        (["c++", "nvcc"], {"c++": None, "cuda c++": "an error in gumbel.cu"}, "failed"),
-        (["c++"], {"c++": None, "cuda c++": "no nvcc"}, "ok"),
-        (["c++"], {"c++": "no header", "cuda c++": "no header"}, "failed"),
-        ([], {"c++": "no C++ compiler", "cuda c++": "no C++ compiler"}, "ok"),
-    ],
-)
-def test_gpu_build_fails_where_a_part_is_missing_whose_tool_is_there(tmp_path, monkeypatch, tools, missing, status):
-    (tmp_path / "kernels" / "unif2ace_kernels").mkdir(parents=True)
-    record = tmp_path / "kernels" / "unif2ace_kernels" / "_build.json"
-    (tmp_path / "setup.py").write_text(f"open({str(record)!r}, 'w').write({json.dumps({'missing': missing})!r})")
-    (tmp_path / "bin").mkdir()
-    for tool in tools:
-        (tmp_path / "bin" / tool).write_text("#!/bin/sh\n")
-        (tmp_path / "bin" / tool).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    done = gpu.run_stage(gpu.Stage("build", python(gpu._BUILD), 20), 20, tmp_path / "log")
-    assert done["status"] == status
-    for part, reason in missing.items():
-        assert (f"built without {part}: {reason}" in done["tail"]) == (reason is not None)
-
-
-def test_gpu_report_is_whole_while_a_stage_runs(tmp_path: Path) -> None:
-    look = f"import json; print(json.load(open({str(tmp_path / 'gpu.json')!r}))['stages'][-1]['status'])"
-    report = gpu.run_stages([gpu.Stage("look", python(look), 20)], tmp_path, time.monotonic() + 30, {})
-    assert report["stages"][0]["tail"].strip() == "running"
-
-
-def test_gpu_plan_without_cuda_says_why_each_stage_is_left_out(tmp_path: Path) -> None:
-    stages = {stage.name: stage for stage in gpu.plan({"cuda": False}, tmp_path, dry_run=False)}
-    assert stages["explain"].missing is None
-    assert {stages[name].missing for name in stages if name.startswith("bench ") and name != "bench smallest"} == {
-        gpu.NO_CUDA
-    }
-    hopper = gpu.plan({"cuda": True, "capability": [9, 0]}, tmp_path, dry_run=False)
-    assert next(stage for stage in hopper if stage.name == "build").environment == {"UNIF2ACE_CUDA_ARCHS": "90a"}
-    assert sum(stage.missing is None for stage in hopper) >= len(hopper) - 1  # compute-sanitizer may be missing
-
-
-@pytest.mark.parametrize(
-    ("bodies", "status"),
-    [
-        (["def test_a(): pass", "def test_b(): assert False"], "failed"),
-        (["def test_a(): pass", ""], "ok"),
-        (["", ""], "not run"),
-        (["def test_a(): pass", "raise ImportError"], "failed"),
-    ],
-)
-def test_gpu_tests_run_a_process_a_file(tmp_path, monkeypatch, bodies, status) -> None:
-    folder = tmp_path / "tests" / "kernels"
-    folder.mkdir(parents=True)
-    for index, body in enumerate(bodies):
-        (folder / f"test_{index}.py").write_text(body)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    stage = gpu.Stage("tests", python(gpu._TESTS), 60, empty_code=5)
-    done = gpu.run_stage(stage, 60, tmp_path / "log")
-    assert done["status"] == status
-    assert ("test_0.py::test_a PASSED" in done["tail"]) == ("test_a" in bodies[0])
-
-
-def test_gpu_plan_asks_for_cases_and_knobs_that_exist(tmp_path: Path) -> None:
-    asked = [stage.command for stage in gpu.plan({"cuda": True}, tmp_path, dry_run=False)]
-    benches = [command for command in asked if "benchmarks.run" in command and "--smoke" not in command]
-    sweeps = [command for command in asked if "benchmarks.sweep" in command]
-    assert len(benches) > 8 and len(sweeps) > 2
-    for command in benches:
-        op, shape = (command[command.index(name) + 1] for name in ("--op", "--shape"))
-        assert run.select(CASES, op=op, shape=shape, device="cuda", smoke=False), (op, shape)
-    for command in sweeps:
-        assert any(knob.name.startswith(command[command.index("--knob") + 1]) for knob in KNOBS)
-
-
-def test_gpu_dry_run_leaves_results(tmp_path: Path) -> None:
-    chosen = "explain,bench smallest"
-    assert gpu.main(["--out", str(tmp_path), "--budget", "300", "--dry-run", "--stages", chosen]) == 0
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    status = {stage["name"]: stage["status"] for stage in report["stages"]}
-    assert status["explain"] == status["bench smallest"] == "ok"
-    assert set(status.values()) <= {"ok", "not run"}
-    assert "gumbel on" in next(stage["tail"] for stage in report["stages"] if stage["name"] == "explain")
-    records = [json.loads(line) for line in (tmp_path / "benches.jsonl").read_text().splitlines()]
-    assert {record["op"] for record in records} == {"random.gumbel"}
-
-
-def _wheel(folder: Path, name: str) -> None:
-    """A wheel of one module that says its own name."""
-    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{name}/__init__.py", f"NAME = {name!r}")
-        archive.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-        tag = "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        archive.writestr(f"{name}-1.dist-info/WHEEL", tag)
-        archive.writestr(f"{name}-1.dist-info/RECORD", "")
-
-
-def test_carried_packages_are_there_for_every_stage(tmp_path: Path, monkeypatch) -> None:
-    carried = tmp_path / "carried"
-    (carried / "plainsource" / "plain").mkdir(parents=True)
-    (carried / "plainsource" / "plain" / "__init__.py").write_text("NAME = 'plain'")
-    _wheel(carried, "alpha")
-    _wheel(carried, "pytest")
-    (carried / "broken-0-py3-none-any.whl").write_text("not a wheel")
-    path, said = gpu.carried_packages(carried)
-    assert {name: text == "installed" for name, text in said.items()} == {
-        "alpha-1-py3-none-any.whl": True, "pytest-1-py3-none-any.whl": True, "broken-0-py3-none-any.whl": False
-    }  # fmt: skip
-    stage = gpu.Stage("look", python("import alpha, plain; print(alpha.NAME, plain.NAME)"), 20)
-    assert gpu.run_stage(stage, 20, tmp_path / "log", path)["tail"].strip() == "alpha plain"
-
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    hopper = {"cuda": True, "capability": [9, 0]}
-    for with_path, missing in ((path, None), ((), "pytest is not installed and no wheel of it is in .whl")):
-        stages = {stage.name: stage for stage in gpu.plan(hopper, tmp_path, dry_run=False, path=with_path)}
-        assert stages["tests gpu"].missing == missing

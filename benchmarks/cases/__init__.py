@@ -1,6 +1,13 @@
-"""Every benchmark case of the package."""
+"""Every benchmark case: the ops', and where transformers is installed the model's, which is built on it."""
+
+import importlib.util
 
 from ..case import Case
-from . import d3diff, generation, moe, random, sampling
+from . import d3diff, moe, random, sampling, scaling
 
-CASES: list[Case] = [*moe.CASES, *d3diff.CASES, *sampling.CASES, *generation.CASES, *random.CASES]
+CASES: list[Case] = [*moe.CASES, *d3diff.CASES, *sampling.CASES, *random.CASES, *scaling.CASES]
+
+if importlib.util.find_spec("transformers") is not None:
+    from . import generation
+
+    CASES += generation.CASES

@@ -241,8 +241,9 @@ def _noise_work(size: Head, device: torch.device) -> Work:
     )
 
 
-def _loss_case(shape: str, size: Head, source: str, devices: tuple[str, ...], mode: str, dtype: torch.dtype,
-               full: bool) -> Case:  # fmt: skip
+def loss_case(
+    shape: str, size: Head, source: str, devices: tuple[str, ...], mode: str, dtype: torch.dtype, full: bool
+) -> Case:
     columns = size.V if full else size.C
     return Case(
         "d3diff.loss", f"{shape} {'full' if full else 'slice'}", _sizes(size), source, mode, dtype,
@@ -251,7 +252,7 @@ def _loss_case(shape: str, size: Head, source: str, devices: tuple[str, ...], mo
     )  # fmt: skip
 
 
-def _noise_case(shape: str, size: Head, source: str, devices: tuple[str, ...]) -> Case:
+def noise_case(shape: str, size: Head, source: str, devices: tuple[str, ...]) -> Case:
     return Case(
         "d3diff.noise", shape, _sizes(size), source, FORWARD, torch.int64, 0, 17.0 * size.B * size.N,
         lambda device: _noise_work(size, device), devices, shape == "smoke",
@@ -291,13 +292,13 @@ def _cases() -> Iterator[Case]:
         for mode in (FORWARD, TRAINING):
             for dtype in (torch.float32,) if shape == "smoke" else (torch.float32, torch.bfloat16):
                 for full in (False, True):
-                    yield _loss_case(shape, size, source, devices, mode, dtype, full)
+                    yield loss_case(shape, size, source, devices, mode, dtype, full)
                 yield from _other_cases(shape, size, source, devices, mode, dtype)
-        yield _noise_case(shape, size, source, devices)
+        yield noise_case(shape, size, source, devices)
     for shape, size, source, devices in LARGE_HEADS:
         for dtype in (torch.float32, torch.bfloat16) if "cpu" in devices else (torch.bfloat16,):
-            yield _loss_case(shape, size, source, devices, TRAINING, dtype, False)
-        yield _noise_case(shape, size, source, devices)
+            yield loss_case(shape, size, source, devices, TRAINING, dtype, False)
+        yield noise_case(shape, size, source, devices)
 
 
 CASES = list(_cases())

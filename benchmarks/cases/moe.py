@@ -142,6 +142,21 @@ def _route_work(size: Layer, mode: str, device: torch.device) -> Work:
     )
 
 
+def layer_case(shape: str, size: Layer, source: str, devices: tuple[str, ...], mode: str, dtype: torch.dtype) -> Case:
+    return Case(
+        "moe.layer", shape, asdict(size), source, mode, dtype, size.flops(mode), size.bytes(mode, dtype.itemsize),
+        lambda device: _layer_work(size, dtype, mode, device), devices, shape.startswith("smoke"),
+    )  # fmt: skip
+
+
+def route_case(shape: str, size: Layer, source: str, devices: tuple[str, ...], mode: str) -> Case:
+    moved = 4.0 * size.T * size.groups * size.N + 20.0 * size.T * size.slots  # logits; expert, order, weight
+    return Case(
+        "moe.route", shape, asdict(size), source, mode, torch.float32, 0, moved * (1 if mode == FORWARD else 2),
+        lambda device: _route_work(size, mode, device), devices, shape.startswith("smoke"),
+    )  # fmt: skip
+
+
 def _cases() -> Iterator[Case]:
     source = "a point of the grid on which mixtures are compared"
     points = [(*named, (FORWARD, TRAINING), (torch.float32, torch.bfloat16)) for named in LAYERS]
@@ -151,28 +166,17 @@ def _cases() -> Iterator[Case]:
         modes = (FORWARD, TRAINING) if prefix == "gpu-core" else (TRAINING,)
         points.append((name_of(prefix, size), size, source, GPU, modes, (torch.bfloat16,)))
     for shape, size, where, devices, modes, dtypes in points:
-        smoke = shape.startswith("smoke")
         for mode in modes:
-            for dtype in dtypes[:1] if smoke else dtypes:
-                yield Case(
-                    "moe.layer", shape, asdict(size), where, mode, dtype, size.flops(mode),
-                    size.bytes(mode, dtype.itemsize),
-                    lambda device, size=size, dtype=dtype, mode=mode: _layer_work(size, dtype, mode, device),
-                    devices, smoke,
-                )  # fmt: skip
+            for dtype in dtypes[:1] if shape.startswith("smoke") else dtypes:
+                yield layer_case(shape, size, where, devices, mode, dtype)
 
 
 def _route_cases() -> Iterator[Case]:
     source = "routing alone, by tokens and experts"
     points = [(name_of_router(size), size, source, devices) for size, devices in router_points()]
     for shape, size, where, devices in [*LAYERS, *points]:
-        moved = 4.0 * size.T * size.groups * size.N + 20.0 * size.T * size.slots  # logits; expert, order, weight
         for mode in (FORWARD, TRAINING):
-            yield Case(
-                "moe.route", shape, asdict(size), where, mode, torch.float32, 0, moved * (1 if mode == FORWARD else 2),
-                lambda device, size=size, mode=mode: _route_work(size, mode, device), devices,
-                shape.startswith("smoke"),
-            )  # fmt: skip
+            yield route_case(shape, size, where, devices, mode)
 
 
 CASES = [*_cases(), *_route_cases(), *moe_mix.CASES]

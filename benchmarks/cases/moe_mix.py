@@ -49,19 +49,23 @@ def _mix_work(size: tuple[int, int, int, int], dtype: torch.dtype, mode: str, de
     )
 
 
+def mix_case(
+    shape: str, size: tuple[int, int, int, int], source: str, devices: tuple[str, ...], mode: str, dtype: torch.dtype
+) -> Case:
+    B, L, M, D = size
+    moved = float(B * L * D * dtype.itemsize * (M + 2))
+    moved *= 1 if mode == FORWARD else 1 + (2 * M + 3) / (M + 2)  # backward: dy, x and S in, dx and dS out
+    return Case(
+        "moe.mix", shape, {"B": B, "L": L, "M": M, "D": D}, source, mode, dtype, 0, moved,
+        lambda device: _mix_work(size, dtype, mode, device), devices, shape == "smoke",
+    )  # fmt: skip
+
+
 def _cases() -> Iterator[Case]:
-    for shape, size, source, devices in MIXES:
-        B, L, M, D = size
+    for named in MIXES:
         for mode in (FORWARD, TRAINING):
             for dtype in (torch.float32, torch.bfloat16):
-                moved = float(B * L * D * dtype.itemsize * (M + 2))
-                # backward: dy, x and S in, dx and dS out
-                moved *= 1 if mode == FORWARD else 1 + (2 * M + 3) / (M + 2)
-                yield Case(
-                    "moe.mix", shape, {"B": B, "L": L, "M": M, "D": D}, source, mode, dtype, 0, moved,
-                    lambda device, size=size, dtype=dtype, mode=mode: _mix_work(size, dtype, mode, device),
-                    devices, shape == "smoke",
-                )  # fmt: skip
+                yield mix_case(*named, mode, dtype)
 
 
 CASES = list(_cases())

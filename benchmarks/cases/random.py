@@ -44,11 +44,11 @@ def _work(rows: int, columns: int, device: torch.device) -> Work:
     )
 
 
-CASES = [
-    Case(
+def gumbel_case(shape: str, rows: int, columns: int, source: str, devices: tuple[str, ...]) -> Case:
+    return Case(
         "random.gumbel", shape, {"rows": rows, "columns": columns}, source, FORWARD, torch.float32, 0,
-        4.0 * rows * columns, lambda device, rows=rows, columns=columns: _work(rows, columns, device), devices,
-        shape == "smoke",
-    )
-    for shape, rows, columns, source, devices in SHAPES
-]  # fmt: skip
+        4.0 * rows * columns, lambda device: _work(rows, columns, device), devices, shape == "smoke",
+    )  # fmt: skip
+
+
+CASES = [gumbel_case(*named) for named in SHAPES]

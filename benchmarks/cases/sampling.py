@@ -357,40 +357,41 @@ def _run_work(size: Grid, count: int, dtype: torch.dtype, device: torch.device) 
     return Work(ours=lambda: (plain(start, seed=seed),), baselines=baselines, error=error, tolerance=0.0)
 
 
+def _read(size: Grid, dtype: torch.dtype) -> float:
+    """Bytes of the masked rows' hidden states, both branches, and of the codes' weights."""
+    return float((2 * size.B * size.masked + size.C) * size.D * dtype.itemsize)
+
+
+def sampling_case(
+    op: str, shape: str, size: Grid, source: str, devices: tuple[str, ...], dtype: torch.dtype, steps: int = 0
+) -> Case:
+    """A case of the op ``"sampling." + op``; `steps` of a run."""
+    rows, item = size.B * size.masked, dtype.itemsize
+    sizes = {"B": size.B, "N": size.N, "masked": size.masked, "D": size.D, "V": size.V, "codes": size.C}
+    product = 2.0 * rows * size.C * size.D, _read(size, dtype)
+    if op == "run":
+        sizes |= {"masked": size.N, "T": steps}
+        share = sum(math.cos(math.pi * step / (2 * steps)) for step in range(steps)) * size.N / size.masked
+        product = product[0] * share, product[1] * share
+    flops, moved, work = {
+        "sample_from_logits": (0.0, 2.0 * rows * size.C * item, partial(_logits_work, size, dtype)),
+        "sample_from_hidden": (*product, partial(_hidden_work, size, dtype)),
+        "step": (*product, partial(_step_work, size, dtype)),
+        "run": (*product, partial(_run_work, size, steps, dtype)),
+        "remask": (0.0, 6.0 * size.B * size.N, partial(_remask_work, size)),
+    }[op]
+    smoke = shape == "smoke"
+    return Case(f"sampling.{op}", shape, sizes, source, FORWARD, dtype, flops, moved, work, devices, smoke)
+
+
 def _cases() -> Iterator[Case]:
-    for shape, size, source, devices in GRIDS:
-        sizes = {"B": size.B, "N": size.N, "masked": size.masked, "D": size.D, "V": size.V, "codes": size.C}
-        smoke, rows = shape == "smoke", size.B * size.masked
-        for dtype in (torch.float32, torch.bfloat16):
-            item = dtype.itemsize
-            yield Case(
-                "sampling.sample_from_logits", shape, sizes, source, FORWARD, dtype, 0, 2.0 * rows * size.C * item,
-                lambda device, size=size, dtype=dtype: _logits_work(size, dtype, device), devices, smoke,
-            )  # fmt: skip
-            yield Case(
-                "sampling.sample_from_hidden", shape, sizes, source, FORWARD, dtype, 2.0 * rows * size.C * size.D,
-                float((2 * rows + size.C) * size.D * item),
-                lambda device, size=size, dtype=dtype: _hidden_work(size, dtype, device), devices, smoke,
-            )  # fmt: skip
-        for dtype in (torch.float32, torch.bfloat16):
-            flops, read = 2.0 * rows * size.C * size.D, float((2 * rows + size.C) * size.D * dtype.itemsize)
-            yield Case(
-                "sampling.step", shape, sizes, source, FORWARD, dtype, flops, read,
-                lambda device, size=size, dtype=dtype: _step_work(size, dtype, device), devices, smoke,
-            )  # fmt: skip
-            if shape in RUNS:
-                steps = RUNS[shape]
-                share = sum(math.cos(math.pi * step / (2 * steps)) for step in range(steps)) * size.N / size.masked
-                yield Case(
-                    "sampling.run", shape, {**sizes, "masked": size.N, "T": steps}, source, FORWARD, dtype,
-                    flops * share, read * share,
-                    lambda device, size=size, steps=steps, dtype=dtype: _run_work(size, steps, dtype, device),
-                    devices, smoke,
-                )  # fmt: skip
-        yield Case(
-            "sampling.remask", shape, sizes, source, FORWARD, torch.float32, 0, 6.0 * size.B * size.N,
-            lambda device, size=size: _remask_work(size, device), devices, smoke,
-        )  # fmt: skip
+    for named in GRIDS:
+        for ops in (("sample_from_logits", "sample_from_hidden"), ("step", "run")):
+            for dtype in (torch.float32, torch.bfloat16):
+                for op in ops:
+                    if op != "run" or named[0] in RUNS:
+                        yield sampling_case(op, *named, dtype, RUNS.get(named[0], 0))
+        yield sampling_case("remask", *named, torch.float32)
 
 
 CASES = list(_cases())
