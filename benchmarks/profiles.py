@@ -1,0 +1,264 @@
+"""One training step and one generation by part, on our ops and on plain PyTorch, same weights, in one run.
+
+    python -m benchmarks.profiles [--only NAME] [--seconds S] [--json OUT.jsonl]
+    python -m benchmarks.profiles --table benchmarks/results/cpu/profiles.jsonl
+
+Contenders of a training step (forward, backward, AdamW):
+
+    ours
+    plain      the model as people write it today: its experts by a loop or by grouped products, whichever is faster
+               here; float32 logits of every row over the vocabulary, `F.cross_entropy` (`benchmarks.plain`)
+    careful    likewise, but logits of the labelled rows alone, over the columns that they need
+
+and of a generation: ours, and Show-o's published loop on the plain model. Losses and gradients are compared before
+anything is timed. Whole steps are timed without a profiler, in turns; the parts come from one profiled call each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unif2ace.configs import TokenMoEConfig, UniF2aceConfig, VocabularyConfig
+from unif2ace.model import sequence_moe
+from unif2ace.model.attention import Attention
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
+from unif2ace_kernels import d3diff, moe
+from unif2ace_kernels.moe import modules
+from unif2ace_kernels.sampling import sampler
+
+from . import plain
+from .batches import training_batch
+from .cases.generation import Loops
+from .environment import describe
+from .measure import Spread, interleaved
+from .parts import OTHER, Places, shares
+
+OURS, PLAIN, CAREFUL, SHOWO = "ours", "plain", "careful", "Show-o's loop, plain"
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of loss and gradients in float32
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and what it is given.
+
+    Attributes:
+        t2i, mmu, words, text: rows of a training step and tokens of their texts, see `training_batch`.
+        faces, steps: of the generation.
+    """
+
+    name: str
+    config: UniF2aceConfig
+    t2i: int
+    mmu: int
+    words: int
+    text: int
+    faces: int
+    steps: int
+
+
+def _showo(hidden: int, layers: int, width: int) -> UniF2aceConfig:
+    """Base, narrower and less deep: Show-o's vocabulary, 129 text slots, 256 image tokens."""
+    experts = TokenMoEConfig(experts=(4, 4), top_k=2, width=width, shared_width=0, dense=True)
+    return UniF2aceConfig.base(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, intermediate_size=4 * hidden,
+        token_moe=experts,
+    )  # fmt: skip
+
+
+SIZES = [
+    Size("tiny", UniF2aceConfig.tiny(VocabularyConfig(text=404, codes=1024)), 24, 20, 20, 20, 16, 16),
+    Size("medium 512", _showo(512, 6, 96), 3, 2, 27, 60, 2, 8),
+    Size("medium 768", _showo(768, 6, 144), 3, 2, 27, 60, 1, 8),
+]
+
+
+def parts(model: UniF2aceForConditionalGeneration) -> dict[str, Places]:
+    """What each part of the model is, ours and plain."""
+    return {
+        "attention": [(Attention, "forward")],
+        "LayerNorms": [(nn.LayerNorm, "forward")],
+        "dense FFN": [(kind, "forward") for kind in {type(block.ffn) for block in model.blocks} - {type(None)}],
+        "routers": [(moe, "route"), (modules, "route"), (plain, "route")],
+        "experts": [(modules, "experts"), (plain, "loop_experts"), (plain, "grouped_experts")],
+        "sequence experts": [(sequence_moe.SequenceMoE, "forward"), (sequence_moe.Injection, "forward")],
+        "embedding": [(model.embedding, "forward")],
+        "head and loss": [
+            (d3diff, "joint_loss"), (plain, "full_logits_loss"), (plain, "labelled_rows_loss"),
+        ],
+        "head and draw": [
+            (model.head, "forward"), (Loops, "choose"), (sampler, "sample_from_hidden"), (sampler, "remask"),
+        ],
+        "optimizer": [(torch.optim.AdamW, "step")],
+    }  # fmt: skip
+
+
+class Step:
+    """A training step of a size; `precision` "autocast" is how the demo trains on a CPU."""
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(0)
+        self.model = UniF2aceForConditionalGeneration(size.config).train()
+        self.batch = training_batch(size.config, size.t2i, size.mmu, words=size.words, text=size.text)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)  # no step changes the weights
+
+    def loss(self, autocast: bool = True) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return self.model(**vars(self.batch)).loss
+
+    def run(self) -> list[torch.Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return [loss.detach()]
+
+    def result(self) -> list[torch.Tensor]:
+        """Loss and gradients in float32."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(autocast=False)
+        loss.backward()
+        gradients = [each.grad.clone() for each in self.model.parameters() if each.grad is not None]
+        return [loss.detach(), *gradients]
+
+
+def on_plain(run: Callable[[], Any], experts: str, loss: str) -> Callable[[], Any]:
+    """`run` with the ops of `benchmarks.plain`."""
+
+    def inside() -> Any:
+        with plain.plain_ops(experts, loss):
+            return run()
+
+    return inside
+
+
+def difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """The largest of ||a - b|| / ||b|| over outputs and gradients, of those that are not about zero."""
+    if len(ours) != len(theirs):
+        return float("inf")
+    scale = max(each.norm().item() for each in theirs)
+    return max((a - b).norm().item() / max(b.norm().item(), 1e-3 * scale) for a, b in zip(ours, theirs))
+
+
+def faster_experts(step: Step) -> str:
+    """The way of the plain experts that is faster here."""
+    took = {}
+    for experts in plain.EXPERTS:
+        run = on_plain(step.run, experts, plain.LABELLED)
+        run()
+        began = time.perf_counter()
+        run()
+        took[experts] = time.perf_counter() - began
+    return min(took, key=lambda name: took[name])
+
+
+def train(size: Size, seconds: float) -> list[dict[str, Any]]:
+    """Records of the training step's contenders."""
+    step = Step(size)
+    experts = faster_experts(step)
+    wrong = difference(step.result(), on_plain(step.result, experts, plain.FULL)())
+    if not wrong <= TOLERANCE:
+        raise RuntimeError(f"{size.name}: loss and gradients differ by {wrong:.1e} from the plain model's")
+    contenders = {
+        OURS: step.run,
+        PLAIN: on_plain(step.run, experts, plain.FULL),
+        CAREFUL: on_plain(step.run, experts, plain.LABELLED),
+    }
+    about = {"mode": "training", "experts": experts, "difference": wrong}
+    return _records(size, contenders, parts(step.model), seconds, about)
+
+
+def generate(size: Size, seconds: float, experts: str) -> list[dict[str, Any]]:
+    """Records of the generation's contenders."""
+    torch.manual_seed(0)
+    loops = Loops(size.config, size.faces, size.steps, torch.float32, CPU)
+    contenders = {
+        OURS: loops.ours,
+        SHOWO: on_plain(lambda: loops.showo(loops.choose), experts, plain.FULL),
+    }
+    for name, run in contenders.items():
+        if loops.error(run()):
+            raise RuntimeError(f"{size.name}: {name} gave no codes")
+    return _records(size, contenders, parts(loops.model), seconds, {"mode": "generation", "experts": experts})
+
+
+def _records(
+    size: Size, contenders: Mapping[str, Callable], places: dict[str, Places], seconds: float, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    for run in contenders.values():
+        run()
+    samples = interleaved(contenders, CPU, seconds)
+    records = []
+    for name, run in contenders.items():
+        took = Spread.of(samples[name])
+        ratio = Spread.of([theirs / ours for theirs, ours in zip(samples[name], samples[OURS])])
+        records.append({
+            "op": "profile", "shape": size.name, **about, "contender": name, "median_ms": took.median * 1e3,
+            "quartiles_ms": [took.q1 * 1e3, took.q3 * 1e3], "rounds": len(samples[name]), "times_ours": ratio.median,
+            "times_ours_quartiles": [ratio.q1, ratio.q3],
+            "parts_ms": {part: [1e3 * each for each in both] for part, both in shares(run, places).items()},
+        })  # fmt: skip
+    return records
+
+
+def table(lines: Sequence[str]) -> str:
+    """Markdown: whole steps, then the parts of each."""
+    records = [json.loads(line) for line in lines]
+    rows = ["| size | what | ours, ms | the others' time over ours |", "|---|---|--:|---|"]
+    groups: dict[tuple[str, str], dict[str, dict]] = {}
+    for record in records:
+        groups.setdefault((record["shape"], record["mode"]), {})[record["contender"]] = record
+    for (shape, mode), of in groups.items():
+        others = "; ".join(f"{name} {each['times_ours']:.2f}" for name, each in of.items() if name != OURS)
+        rows.append(f"| {shape} | {mode} | {of[OURS]['median_ms']:.1f} | {others} ({of[OURS]['experts']}) |")
+    for (shape, mode), of in groups.items():
+        names = list(dict.fromkeys(part for each in of.values() for part in each["parts_ms"]))
+        names.sort(key=lambda part: (part == OTHER, -sum(of[OURS]["parts_ms"].get(part, (0, 0)))))
+        rows += ["", f"{shape}, {mode}: ms forward + backward in a profiled call", ""]
+        rows += [f"| part | {' | '.join(of)} |", "|---|" + "--:|" * len(of)]
+        for part in names:
+            cells = []
+            for each in of.values():
+                forward, backward = each["parts_ms"].get(part, (0.0, 0.0))
+                cells.append(f"{forward:.1f} + {backward:.1f}" if backward else f"{forward:.1f}")
+            rows.append(f"| {part} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main(arguments: Sequence[str] | None = None, sizes: Sequence[Size] = tuple(SIZES)) -> int:
+    """Command line; `sizes` replaces the list (tests)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profiles", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="sizes whose name begins so")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time spent on timing each step and generation")
+    parser.add_argument("--json", type=Path, help="write the results to this file, a line each")
+    parser.add_argument("--table", type=Path, help="print this file of results as Markdown, measure nothing")
+    options = parser.parse_args(arguments)
+    if options.table is not None:
+        print(table(options.table.read_text().splitlines()))
+        return 0
+    environment = describe("cpu") | {"command": " ".join(["python -m benchmarks.profiles", *sys.argv[1:]])}
+    lines: list[str] = []
+    for size in sizes:
+        if size.name.startswith(options.only):
+            records = train(size, options.seconds)
+            records += generate(size, options.seconds, records[0]["experts"])
+            lines += [json.dumps(record | environment) for record in records]
+    print(table(lines))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
