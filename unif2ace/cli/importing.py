@@ -52,6 +52,7 @@ def _part(parsed: argparse.Namespace) -> None:
     parts.can_write(parsed.out)
     weights = Weights(parsed.path, parsed.allow_pickle, checksums.parse(parsed.sha256))
     text = None
+    part: parts.Part
     if parsed.kind == "magvit":
         part, told = import_magvit(weights)
     else:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from unif2ace.model.image_tokenizers import build_image_tokenizer, describe_imag
 from unif2ace.model.magvit import Magvit
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
+Part: TypeAlias = UniF2aceForConditionalGeneration | Magvit
 FORMAT = 2  # of an image tokenizer's config.json
 IMAGES = "image_tokenizer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,9 +42,7 @@ def can_write(folder: Path) -> None:
         raise UserError(f"{folder} exists: name a new folder, or remove it first")
 
 
-def save(
-    part: UniF2aceForConditionalGeneration | Magvit, folder: Path, dtype: str = "float32", text: Path | None = None
-) -> None:
+def save(part: Part, folder: Path, dtype: str = "float32", text: Path | None = None) -> None:
     """Write the folder, whole or not at all.
 
     Args:
@@ -55,7 +55,8 @@ def save(
     def write(partial: Path) -> None:
         if isinstance(part, UniF2aceForConditionalGeneration):
             with quiet():
-                part.to(DTYPES[dtype]).save_pretrained(partial)
+                torch.nn.Module.to(part, DTYPES[dtype])
+                part.save_pretrained(partial)
         else:
             tensors = {f"{IMAGES}.{key}": v.to(DTYPES[dtype]).contiguous() for key, v in part.state_dict().items()}
             save_file(tensors, partial / WEIGHTS)
@@ -101,7 +102,7 @@ def load_image_tokenizer(folder: Path) -> Magvit:
     if not isinstance(sizes, dict) or sizes.get("kind") != "magvit":
         raise UserError(f"{folder} holds another image tokenizer than MAGVIT-v2: load it as a checkpoint")
     try:
-        tokenizer = build_image_tokenizer(sizes)
+        tokenizer = cast(Magvit, build_image_tokenizer(sizes))
     except ValueError as error:
         raise UserError(f"{Path(folder) / CONFIG} does not describe an image tokenizer: {error}") from error
     weights = Weights(Path(folder) / WEIGHTS)

@@ -17,11 +17,11 @@ from typing import cast
 
 import torch
 
-from unif2ace.configs import SequenceMoEConfig, UniF2aceConfig, VocabularyConfig
+from unif2ace.configs import SequenceMoEConfig, TokenMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.importers.texts import find_text_tokenizer, load_text_tokenizer
 from unif2ace.importers.weights import Weights
-from unif2ace.model.blocks import Block
+from unif2ace.model.blocks import Block, FeedForward
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 LICENCE = "MIT (as published at microsoft/phi-1_5)"
@@ -123,8 +123,9 @@ class Sizes:
     def config(self, vocabulary: VocabularyConfig, image_tokens: int, options: Options) -> UniF2aceConfig:
         """Our config of this backbone: with experts at their function-preserving start, or without any."""
         base = UniF2aceConfig.base()
-        width = max(1, base.token_moe.width * self.ffn // base.intermediate_size)
-        token = None if options.dense else dataclasses.replace(base.token_moe, width=width)
+        experts = cast(TokenMoEConfig, base.token_moe)
+        width = max(1, experts.width * self.ffn // base.intermediate_size)
+        token = None if options.dense else dataclasses.replace(experts, width=width)
         return UniF2aceConfig(
             vocabulary=vocabulary,
             hidden_size=self.hidden,
@@ -173,8 +174,9 @@ def build(
         for kind in ("weight", "bias"):
             each = [weights[f"{prefix}model.{layer}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
             getattr(block.attention.qkv, kind).copy_(torch.cat(each))
-        take(block.ffn.w_in, f"{layer}.mlp.fc1")
-        take(block.ffn.w_out, f"{layer}.mlp.fc2")
+        ffn = cast(FeedForward, block.ffn)
+        take(ffn.w_in, f"{layer}.mlp.fc1")
+        take(ffn.w_out, f"{layer}.mlp.fc2")
         if block.experts is not None:
             block.start_from_dense()
         if block.sequence is not None:
