@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-NAMESPACE = "unif2ace"
+from ._ops import add_op_namespace_prefix, ops
+
+NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 NATIVE_NAMESPACE = "unif2ace_native"  # where the compiled extension keeps its ops, under the same schemas
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
@@ -100,10 +102,12 @@ def register(
         usable = runnable(name, device)
         if usable:
             _LIBRARY.impl(name, usable[0].function if usable[0].dtypes is None else _by_dtype(name, usable), key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        torch.library.register_autograd(
+            add_op_namespace_prefix(name), backward, setup_context=setup_context, lib=_LIBRARY
+        )
+    return getattr(ops, name).default
 
 
 def runnable(op: str, device: str) -> tuple[Implementation, ...]:
@@ -156,7 +160,7 @@ def explain(op: str, *tensors: torch.Tensor) -> Explanation:
     Raises:
         ValueError: unknown `op`, tensors on several devices, or a device that no implementation serves.
     """
-    name = op.removeprefix(f"{NAMESPACE}::")
+    name = op.removeprefix(add_op_namespace_prefix(""))
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"op: expected one of {', '.join(registered_ops())}, got {op!r}")
     devices = sorted({tensor.device.type for tensor in tensors}) or ["cpu"]

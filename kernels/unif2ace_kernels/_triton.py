@@ -11,8 +11,8 @@ import importlib
 
 import torch
 
-from unif2ace_kernels import _philox
-from unif2ace_kernels._library import KERNEL_DTYPES, Implementation
+from . import _philox
+from ._library import KERNEL_DTYPES, Implementation
 
 try:
     import triton

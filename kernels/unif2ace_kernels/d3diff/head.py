@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._ops import ops
 from .rows_torch import accumulation_dtype
 
 # Logits of a chunk: these bytes, which stay in cache and cost few fresh pages, or where that is more a share of the
@@ -83,7 +84,7 @@ def head_torch(
         for chunk, z in _chunks(rows, w):
             x = (hidden if chunk.numel() == rows_total else hidden.index_select(0, chunk)).to(compute_dtype)
             torch.mm(x, w.t(), out=z)
-            loss += torch.ops.unif2ace.d3diff_rows(
+            loss += ops.d3diff_rows(
                 z, b, chunk, targets, ce_weight, penalty_weight, shift, mass_weight, ce, lse, mass, hit,
                 d_bias[inside] if grad_bias else None, start, codes, any_grad,
             )  # fmt: skip

@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from unif2ace_kernels._philox import NOISE_STREAM
-from unif2ace_kernels._triton import interleave, words_of_groups
-
+from .._philox import NOISE_STREAM
+from .._triton import interleave, words_of_groups
 from . import configs
 from .noise import noise_torch
 

@@ -122,7 +122,7 @@ _route_backward = register(
     " Tensor logits, Tensor group_ids, Tensor expert, Tensor counts, int[] group_sizes, int top_k,"
     " float[] balance_coef, bool normalize, str scoring, float z_coef) -> Tensor",
     implementations=[
-        triton_implementation("unif2ace_kernels.moe.route_triton", "backward"),
+        triton_implementation(f"{__package__}.route_triton", "backward"),
         replace(compiled("moe_route_backward", "cuda"), dtypes=KERNEL_DTYPES),
         compiled("moe_route_backward", "cpu"),
         *_torch(route_torch.backward),
@@ -136,7 +136,7 @@ _route = register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations=[
         # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
-        triton_implementation("unif2ace_kernels.moe.route_triton", "forward"),
+        triton_implementation(f"{__package__}.route_triton", "forward"),
         replace(compiled("moe_route", "cuda"), dtypes=KERNEL_DTYPES),
         _with_value_errors(
             compiled("moe_route", "cpu"),
@@ -213,7 +213,7 @@ def route(
 _arrange = register(
     "moe_arrange(Tensor expert, int experts) -> (Tensor, Tensor, Tensor)",
     implementations=[
-        triton_implementation("unif2ace_kernels.moe.arrange_triton", "forward"),
+        triton_implementation(f"{__package__}.arrange_triton", "forward"),
         _with_value_errors(compiled("moe_arrange", "cpu"), arrange_torch.check_range),
         *_torch(arrange_torch.forward),
     ],
@@ -284,7 +284,7 @@ _experts_backward = register(
     " Tensor w_in, Tensor w_out, Tensor? b_out, bool has_b_in, str activation)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations=[
-        triton_implementation("unif2ace_kernels.moe.experts_triton", "backward"),
+        triton_implementation(f"{__package__}.experts_triton", "backward"),
         compiled("moe_experts_backward", "cpu"),
         *_torch(experts_torch.backward),
     ],
@@ -295,7 +295,7 @@ _experts = register(
     "moe_experts(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor w_in, Tensor? b_in, Tensor w_out,"
     " Tensor? b_out, str activation) -> (Tensor, Tensor)",
     implementations=[
-        triton_implementation("unif2ace_kernels.moe.experts_triton", "forward"),
+        triton_implementation(f"{__package__}.experts_triton", "forward"),
         compiled("moe_experts", "cpu"),
         *_torch(experts_torch.forward),
     ],
@@ -372,7 +372,7 @@ def _mix_autograd(ctx, grad_y):
 _mix_backward = register(
     "moe_mix_backward(Tensor grad_y, Tensor x, Tensor coef, Tensor injected) -> (Tensor, Tensor, Tensor)",
     implementations=[
-        triton_implementation("unif2ace_kernels.moe.mix_triton", "backward"),
+        triton_implementation(f"{__package__}.mix_triton", "backward"),
         compiled("moe_mix_backward", "cpu"),
         *_torch(mix_torch.backward),
     ],
@@ -382,7 +382,7 @@ _mix_backward = register(
 _mix = register(
     "moe_mix(Tensor x, Tensor coef, Tensor injected) -> Tensor",
     implementations=[
-        triton_implementation("unif2ace_kernels.moe.mix_triton", "forward"),
+        triton_implementation(f"{__package__}.mix_triton", "forward"),
         compiled("moe_mix", "cpu"),
         *_torch(mix_torch.forward),
     ],

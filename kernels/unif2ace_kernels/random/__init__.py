@@ -1,6 +1,6 @@
 """Counter-based random numbers: the same bits on every device (see README.md)."""
 
-from unif2ace_kernels._philox import NOISE_STREAM, REMASK_STREAM, TOKEN_STREAM
-from unif2ace_kernels.random.ops import gumbel
+from .._philox import NOISE_STREAM, REMASK_STREAM, TOKEN_STREAM
+from .ops import gumbel
 
 __all__ = ["NOISE_STREAM", "REMASK_STREAM", "TOKEN_STREAM", "gumbel"]

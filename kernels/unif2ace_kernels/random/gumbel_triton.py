@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from unif2ace_kernels import _triton
-from unif2ace_kernels._triton import interleave, words_of_groups
+from .. import _triton
+from .._triton import interleave, words_of_groups
 
 BLOCK = 1024  # columns a program: 8 a thread at 4 warps, two 16-byte stores each
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from unif2ace_kernels import _philox
-from unif2ace_kernels._checks import expect, expect_choice, expect_tensor
-from unif2ace_kernels._library import Implementation, compiled, register
-from unif2ace_kernels._philox import NOISE_STREAM, REMASK_STREAM, TOKEN_STREAM
-from unif2ace_kernels._triton import triton_implementation
+from .. import _philox
+from .._checks import expect, expect_choice, expect_tensor
+from .._library import Implementation, compiled, register
+from .._philox import NOISE_STREAM, REMASK_STREAM, TOKEN_STREAM
+from .._triton import triton_implementation
 
 
 def _gumbel_torch(seed: torch.Tensor, offset: torch.Tensor, rows: int, columns: int, stream: int) -> torch.Tensor:
@@ -23,7 +23,7 @@ _gumbel = register(
     "gumbel(Tensor seed, Tensor offset, SymInt rows, SymInt columns, int stream) -> Tensor",
     implementations=[
         # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
-        triton_implementation("unif2ace_kernels.random.gumbel_triton", "gumbel", None),
+        triton_implementation(f"{__package__}.gumbel_triton", "gumbel", None),
         compiled("gumbel", "cuda"),
         compiled("gumbel", "cpu"),
         Implementation("torch", ("cpu", "cuda"), _gumbel_torch),

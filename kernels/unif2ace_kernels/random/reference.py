@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unif2ace_kernels._philox import random_words, uniform
+from .._philox import random_words, uniform
 
 
 def gumbel(seed: torch.Tensor, offset: torch.Tensor, rows: int, columns: int, stream: int) -> torch.Tensor:

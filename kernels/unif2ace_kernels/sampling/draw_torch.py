@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from .._ops import ops
 from .._philox import REMASK_STREAM, TOKEN_STREAM, gumbel, random_words, words_at
 
 Tensor = torch.Tensor
@@ -101,7 +102,7 @@ def _sample_rows(
     else:  # on a GPU finding them would wait for the device
         index = torch.arange(len(ids), device=ids.device)
     tiles = [
-        torch.ops.unif2ace.draw(*tile, row, seed, offset, *draw_arguments)
+        ops.draw(*tile, row, seed, offset, *draw_arguments)
         for tile, row in zip(tiles_of(index), rows[index].split(_tile_rows(ids.device)), strict=True)
     ]
     code, value = (torch.cat(each) for each in zip(*tiles))

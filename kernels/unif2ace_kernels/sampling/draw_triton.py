@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from unif2ace_kernels import _triton
-from unif2ace_kernels._philox import TOKEN_STREAM
-from unif2ace_kernels._triton import interleave, words_of_groups
-
+from .. import _triton
+from .._philox import TOKEN_STREAM
+from .._triton import interleave, words_of_groups
 from . import configs
 
 Tensor = torch.Tensor

@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from unif2ace_kernels._triton import float32_precision, interleave, words_of_groups
-
+from .._triton import float32_precision, interleave, words_of_groups
 from . import configs, draw_triton
 from .draw_triton import NONE, SLACK, STREAM, exponential, race_bound, token_gumbel
 

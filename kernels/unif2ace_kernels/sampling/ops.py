@@ -49,7 +49,7 @@ _sample_logits = register(
     f"sample_logits(Tensor cond, Tensor? uncond, {_DRAW}",
     implementations=[
         # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
-        triton_implementation("unif2ace_kernels.sampling.draw_triton", "sample_logits"),
+        triton_implementation(f"{__package__}.draw_triton", "sample_logits"),
         compiled("sample_logits", "cuda", KERNEL_DTYPES),
         compiled("sample_logits", "cpu"),
         Implementation("torch", _TORCH, draw_torch.sample_logits),
@@ -59,7 +59,7 @@ _sample_logits = register(
 _sample_hidden = register(
     f"sample_hidden(Tensor h_cond, Tensor? h_uncond, Tensor weight, Tensor? bias, {_DRAW}",
     implementations=[
-        triton_implementation("unif2ace_kernels.sampling.head_triton", "sample_hidden"),
+        triton_implementation(f"{__package__}.head_triton", "sample_hidden"),
         compiled("sample_hidden", "cpu"),
         Implementation("torch", _TORCH, draw_torch.sample_hidden),
     ],
@@ -69,7 +69,7 @@ _remask = register(
     "remask(Tensor confidence, Tensor unknown, Tensor count, Tensor rows, Tensor seed, Tensor offset, "
     "Tensor temperature, str ties) -> Tensor",
     implementations=[
-        triton_implementation("unif2ace_kernels.sampling.remask_triton", "remask"),  # before CUDA C++: as above
+        triton_implementation(f"{__package__}.remask_triton", "remask"),  # before CUDA C++: as above
         compiled("remask", "cuda", KERNEL_DTYPES),
         compiled("remask", "cpu"),
         Implementation("torch", _TORCH, draw_torch.remask),

@@ -6,11 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from unif2ace_kernels import _triton
-from unif2ace_kernels._checks import expect
-from unif2ace_kernels._philox import REMASK_STREAM
-from unif2ace_kernels._triton import words_of_groups
-
+from .. import _triton
+from .._checks import expect
+from .._philox import REMASK_STREAM
+from .._triton import words_of_groups
 from . import configs
 
 Tensor = torch.Tensor
