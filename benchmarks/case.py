@@ -40,12 +40,14 @@ class Work:
         ours, baselines: the contenders.
         error: distance of a contender's outputs from the float64 truth; see `error_against`.
         tolerance: the error above which a contender is refused and not timed.
+        notes: more about ours for its record, found by another run of it; None for nothing.
     """
 
     ours: Run
     baselines: Mapping[str, Baseline]
     error: Callable[[Outputs], float]
     tolerance: float
+    notes: Callable[[], dict[str, object]] | None = None
 
 
 @dataclass(frozen=True)

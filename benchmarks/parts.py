@@ -14,9 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from unif2ace.model import sequence_moe
+from unif2ace.model.attention import Attention
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
+from unif2ace_kernels import d3diff, moe
+from unif2ace_kernels.moe import modules
+
+from . import plain
 from .case import Run
 
 Places = Sequence[tuple[object, str]]
@@ -33,6 +41,21 @@ def shares(run: Run, parts: Mapping[str, Places]) -> dict[str, tuple[float, floa
     with marked(parts), profile(activities=[ProfilerActivity.CPU]) as seen:
         run()
     return by_part(seen.events())
+
+
+def model_parts(model: UniF2aceForConditionalGeneration) -> dict[str, Places]:
+    """What each part of the model is, on our ops and on plain ones."""
+    return {
+        "attention": [(Attention, "forward")],
+        "LayerNorms": [(nn.LayerNorm, "forward")],
+        "dense FFN": [(kind, "forward") for kind in {type(block.ffn) for block in model.blocks} - {type(None)}],
+        "routers": [(moe, "route"), (modules, "route"), (plain, "route")],
+        "experts": [(modules, "experts"), (plain, "loop_experts"), (plain, "grouped_experts")],
+        "sequence experts": [(sequence_moe.SequenceMoE, "forward"), (sequence_moe.Injection, "forward")],
+        "embedding": [(model.embedding, "forward")],
+        "head and loss": [(d3diff, "joint_loss"), (plain, "full_logits_loss"), (plain, "labelled_rows_loss")],
+        "optimizer": [(torch.optim.AdamW, "step")],
+    }
 
 
 @contextlib.contextmanager

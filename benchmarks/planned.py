@@ -215,11 +215,10 @@ def compare(point: Point) -> dict[str, Any]:
     held = stepper.held_bytes
     peak = held + peak_of(stepper.step)
     foreseen = memory(training)
-    record = {
-        "op": "plan", "shape": point.name, "precision": point.precision, "step": training.step._asdict(), "checkpointing": point.checkpointing,
+    return {
+        "op": "plan", "shape": point.name, "precision": point.precision, "checkpointing": point.checkpointing,
+        "step": training.step._asdict(),
         "kept": kept, "kept_planned": planned, "kept_ratio": sum(planned.values()) / sum(kept.values()),
-    }  # fmt: skip
-    return record | {
         "peak": peak, "peak_planned": foreseen.peak, "peak_ratio": foreseen.peak / peak, "moment": foreseen.moment,
         "states": held, "states_planned": sum(foreseen.states.values()),
     }  # fmt: skip
@@ -251,11 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         found = compare(point)
         lines.append(json.dumps(found | environment))
+        kept, peak = (each / 2**20 for each in (sum(found["kept"].values()), found["peak"]))
         print(
-            f"{point.name:<22}{point.precision:<10} kept {sum(found['kept'].values()) / 2**20:8.1f} MiB, plan / measured "
-            f"{found['kept_ratio']:.3f}    peak {found['peak'] / 2**20:8.1f} MiB, plan / measured "
-            f"{found['peak_ratio']:.3f} ({found['moment']})", flush=True,
-        )  # fmt: skip
+            f"{point.name:<22}{point.precision:<10} MiB kept {kept:8.1f}, plan / measured {found['kept_ratio']:.3f}"
+            f"    MiB at peak {peak:8.1f}, plan / measured {found['peak_ratio']:.3f} ({found['moment']})",
+            flush=True,
+        )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text("\n".join(lines) + "\n")

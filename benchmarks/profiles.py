@@ -26,14 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from unif2ace.configs import TokenMoEConfig, UniF2aceConfig, VocabularyConfig
-from unif2ace.model import sequence_moe
-from unif2ace.model.attention import Attention
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
-from unif2ace_kernels import d3diff, moe
-from unif2ace_kernels.moe import modules
 from unif2ace_kernels.sampling import sampler
 
 from . import plain
@@ -41,10 +36,11 @@ from .batches import training_batch
 from .cases.generation import Loops
 from .environment import describe
 from .measure import Spread, interleaved
-from .parts import OTHER, Places, shares
+from .parts import OTHER, Places, model_parts, shares
 
 OURS, PLAIN, CAREFUL, SHOWO = "ours", "plain", "careful", "Show-o's loop, plain"
 CPU = torch.device("cpu")
+DRAW: list[tuple[object, str]] = [(Loops, "choose"), (sampler, "sample_from_hidden"), (sampler, "remask")]
 TOLERANCE = 1e-4  # of loss and gradients in float32
 
 
@@ -81,26 +77,6 @@ SIZES = [
     Size("medium 512", _showo(512, 6, 96), 3, 2, 27, 60, 2, 8),
     Size("medium 768", _showo(768, 6, 144), 3, 2, 27, 60, 1, 8),
 ]
-
-
-def parts(model: UniF2aceForConditionalGeneration) -> dict[str, Places]:
-    """What each part of the model is, ours and plain."""
-    return {
-        "attention": [(Attention, "forward")],
-        "LayerNorms": [(nn.LayerNorm, "forward")],
-        "dense FFN": [(kind, "forward") for kind in {type(block.ffn) for block in model.blocks} - {type(None)}],
-        "routers": [(moe, "route"), (modules, "route"), (plain, "route")],
-        "experts": [(modules, "experts"), (plain, "loop_experts"), (plain, "grouped_experts")],
-        "sequence experts": [(sequence_moe.SequenceMoE, "forward"), (sequence_moe.Injection, "forward")],
-        "embedding": [(model.embedding, "forward")],
-        "head and loss": [
-            (d3diff, "joint_loss"), (plain, "full_logits_loss"), (plain, "labelled_rows_loss"),
-        ],
-        "head and draw": [
-            (model.head, "forward"), (Loops, "choose"), (sampler, "sample_from_hidden"), (sampler, "remask"),
-        ],
-        "optimizer": [(torch.optim.AdamW, "step")],
-    }  # fmt: skip
 
 
 class Step:
@@ -175,7 +151,7 @@ def train(size: Size, seconds: float) -> list[dict[str, Any]]:
         CAREFUL: on_plain(step.run, experts, plain.LABELLED),
     }
     about = {"mode": "training", "experts": experts, "difference": wrong}
-    return _records(size, contenders, parts(step.model), seconds, about)
+    return _records(size, contenders, model_parts(step.model), seconds, about)
 
 
 def generate(size: Size, seconds: float, experts: str) -> list[dict[str, Any]]:
@@ -189,7 +165,13 @@ def generate(size: Size, seconds: float, experts: str) -> list[dict[str, Any]]:
     for name, run in contenders.items():
         if loops.error(run()):
             raise RuntimeError(f"{size.name}: {name} gave no codes")
-    return _records(size, contenders, parts(loops.model), seconds, {"mode": "generation", "experts": experts})
+    return _records(
+        size,
+        contenders,
+        model_parts(loops.model) | {"head and draw": DRAW + [(loops.model.head, "forward")]},
+        seconds,
+        {"mode": "generation", "experts": experts},
+    )
 
 
 def _records(
