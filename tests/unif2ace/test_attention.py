@@ -66,7 +66,9 @@ BATCHES = {
     "t2i": Rows([(T2I, 0, 14, 0, 9), (T2I, 3, 11, 0, 9), (T2I, 6, 6, 2, 7), (T2I, 0, 8, 6, 3), (T2I, 0, 9, 5, 6)]),
     "mmu, pads after": Rows([(MMU, 0, 14, 0, 2), (MMU, 0, 9, 5, 2), (MMU, 0, 7, 7, 2), (MMU, 0, 5, 9, 2)]),
     "mmu, pads before": Rows([(MMU, 0, 14, 0, 2), (MMU, 5, 9, 0, 7), (MMU, 7, 7, 0, 9)]),
-    "text": Rows([(MMU, 0, 14, 0, -1), (MMU, 4, 10, 0, -1), (MMU, 0, 1, 13, -1), (T2I, 3, 8, 3, -1)]),
+    "text": Rows(
+        [(MMU, 0, 14, 0, -1), (MMU, 4, 10, 0, -1), (MMU, 0, 1, 13, -1), (T2I, 3, 8, 3, -1), (MMU, 14, 0, 0, -1)]
+    ),
     "mixed": Rows([(T2I, 3, 11, 0, 9), (MMU, 0, 12, 2, 2), (MMU, 2, 9, 3, -1), (T2I, 0, 11, 3, 6), (MMU, 4, 10, 0, 6)]),
 }
 
@@ -315,10 +317,11 @@ def test_flash_attn_in_single_or_double_precision(dtype):
 )
 def test_rows_that_flash_attn_cannot_be_told_of(valid, image_start):
     """Two runs a row are all it takes; the other kernels take such rows."""
-    visibility = Visibility(torch.tensor([valid]).bool(), torch.tensor([T2I]), torch.tensor([image_start]), N)
+    valid = torch.tensor([valid, [1] * 10]).bool()  # one row is as it should be
+    visibility = Visibility(valid, torch.tensor([T2I, T2I]), torch.tensor([image_start, 5]), N)
     with pytest.raises(RuntimeError, match="padding only before and after a row's tokens, no text after a face"):
         visibility.varlen_calls(10)
-    assert visibility.mask(10).shape == (1, 1, 10, 10)
+    assert visibility.mask(10).shape == (2, 1, 10, 10)
 
 
 # ----------------------------------------------------------------------------------------------------------- positions
