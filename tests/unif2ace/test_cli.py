@@ -9,13 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import SIDE
 
 from unif2ace import demo
 from unif2ace.cli import main
 from unif2ace.generation.image import PaintSettings
 
 ROOT = Path(__file__).parents[2]
+SIDE = 64
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from conftest import SIDE
 from PIL import Image
 
 from unif2ace.cli import main
 from unif2ace.safety import watermark
+
+SIDE = 64
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:

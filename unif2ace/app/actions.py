@@ -88,7 +88,7 @@ class Studio:
         if not drawn.any():
             raise UserError("draw over the part that is to be painted anew, or give a box")
         scale = drawn.shape[0] // self.side
-        mask = drawn.reshape(self.side, scale, self.side, scale).any(axis=(1, 3))
+        mask: np.ndarray = np.any(drawn.reshape(self.side, scale, self.side, scale), axis=(1, 3))
         allow(self.checker, [prompt], [face])
         settings = PaintSettings(steps=steps, guidance=guidance, seed=seed)
 

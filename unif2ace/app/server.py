@@ -1,9 +1,11 @@
-"""Serves the page on this machine alone: no link to share, no telemetry, and no browser may fetch from elsewhere."""
+"""Serves the page: by default to this machine alone, no link to share, no telemetry, nothing fetched from elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,44 +36,47 @@ class HomeOnly:
         await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
 
 
-def serve(
-    checkpoint: Checkpoint,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    checker: SafetyChecker | None = None,
-    marked: bool = True,
-    wait: bool = True,
-) -> Any:
-    """Show the page until Ctrl-C; without `wait` at once give gradio's Blocks, whose `close()` ends it.
-
-    Pictures lie in a folder of their own that goes with the server.
+class Server:
+    """The page at `url`, until `close`; its pictures lie in a folder of their own, which goes with it.
 
     Raises:
         UserError: the port is taken.
     """
-    # Read by gradio when it is imported
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1"}
-    folder = tempfile.TemporaryDirectory(prefix="unif2ace-app-")
-    os.environ["GRADIO_TEMP_DIR"] = folder.name
-    from starlette.middleware import Middleware
 
-    from unif2ace.app.page import CSS, THEME, page
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        host: str = "127.0.0.1",
+        port: int = 7860,
+        checker: SafetyChecker | None = None,
+        marked: bool = True,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="unif2ace-app-")
+        # Read by gradio when it is imported, the last one whenever it writes
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", DISABLE_TELEMETRY="1")
+        os.environ["GRADIO_TEMP_DIR"] = self._folder.name
+        from starlette.middleware import Middleware
 
-    blocks = page(Studio(checkpoint, Path(folder.name), checker, marked))
-    blocks.pictures = folder  # lives as long as they do
-    try:
-        blocks.launch(
-            server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
-            ssr_mode=False, footer_links=[], theme=THEME, css=CSS, enable_monitoring=False,
-            app_kwargs={"middleware": [Middleware(HomeOnly)]}, max_file_size="32mb",
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"cannot listen at {host}:{port}: {error}; choose another --port") from error
-    print(f"http://{host}:{port} (Ctrl-C stops it)", flush=True)
-    if wait:
+        from unif2ace.app.page import CSS, THEME, page
+
+        self._blocks = page(Studio(checkpoint, Path(self._folder.name), checker, marked))
         try:
-            blocks.block_thread()
-        finally:
-            blocks.close()
-            folder.cleanup()
-    return blocks
+            self._blocks.launch(
+                server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
+                ssr_mode=False, footer_links=[], theme=THEME, css=CSS, enable_monitoring=False,
+                app_kwargs={"middleware": [Middleware(HomeOnly)]}, max_file_size="32mb",
+            )  # fmt: skip
+        except OSError as error:
+            self._folder.cleanup()
+            raise UserError(f"cannot listen at {host}:{port} ({error}): choose another --port") from error
+        self.url = f"http://{host}:{port}"
+
+    def wait(self) -> None:
+        """Until Ctrl-C."""
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+    def close(self) -> None:
+        """Stop, and delete the pictures."""
+        self._blocks.close(verbose=False)
+        self._folder.cleanup()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from unif2ace.cli import options
+from unif2ace.errors import UserError
 
 
 def add_watermark(watermark: argparse.ArgumentParser) -> None:
@@ -49,8 +50,15 @@ def _card(parsed: argparse.Namespace) -> None:
 
 
 def _demo_app(parsed: argparse.Namespace) -> None:
-    from unif2ace.app.server import serve
+    from unif2ace.app.server import Server
     from unif2ace.checkpoint import Checkpoint
 
+    if not 1 <= parsed.port < 65536:
+        raise UserError(f"--port: expected 1 to 65535, got {parsed.port}")
     check = options.checker(parsed)
-    serve(Checkpoint.load(parsed.checkpoint), parsed.host, parsed.port, check, not parsed.no_watermark)
+    server = Server(Checkpoint.load(parsed.checkpoint), parsed.host, parsed.port, check, not parsed.no_watermark)
+    print(f"{server.url} (Ctrl-C stops it)", flush=True)
+    try:
+        server.wait()
+    finally:
+        server.close()
