@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class MmuRow:
     ids: list[int]
     answers: list[bool]
     codes: torch.Tensor
-    identity: torch.Tensor
+    identity: torch.Tensor = field(repr=False)  # who a person is: never said
     semantic: torch.Tensor
 
 
@@ -65,13 +65,14 @@ class RowMaker:
 
     def __init__(self, data: DataConfig, model: UniF2aceConfig, text: TextTokenizer) -> None:
         self.data, self.model, self.text = data, model, text
+        self.vocabulary, self.image_tokens = model.vocabulary, model.image_tokens  # a config's fields are slow to read
         self.lengths = Lengths.of(data, model)
         self.schedule = d3diff.schedule(model.loss.schedule)
 
     def mask_prob(self, rng: np.random.Generator, rows: int) -> torch.Tensor:
         """[rows] shares to mask: one time in each of `rows` equal parts of (0, 1), the same law with less spread."""
         time = torch.from_numpy((rng.permutation(rows) + rng.random(rows)) / rows)
-        return self.schedule.mask_prob(time, length=self.model.image_tokens)
+        return self.schedule.mask_prob(time, length=self.image_tokens)
 
     def t2i(
         self, sample: Sample, rng: np.random.Generator, mask_prob: torch.Tensor, place: int, told: Counter
@@ -153,15 +154,13 @@ class RowMaker:
     def _codes(self, sample: Sample) -> torch.Tensor:
         if sample.codes is None:
             raise SampleError(sample.where, "it has no codes of an image tokenizer", corrupt=False)
-        codes = torch.from_numpy(sample.codes.astype(np.int64))
-        most = self.model.vocabulary.codes
-        if codes.shape != (self.model.image_tokens,) or codes.min() < 0 or codes.max() >= most:
+        codes, most = sample.codes, self.vocabulary.codes
+        if codes.shape != (self.image_tokens,) or codes.min() < 0 or codes.max() >= most:
+            wanted = f"[{self.image_tokens}] below {most}"
             raise SampleError(
-                sample.where,
-                f"its codes are {list(codes.shape)} up to {codes.max()}, this model's are "
-                f"[{self.model.image_tokens}] below {most}",
+                sample.where, f"its codes are {list(codes.shape)} up to {codes.max()}, this model's are {wanted}"
             )
-        return codes + self.model.vocabulary.code_range[0]
+        return torch.from_numpy(codes.astype(np.int64) + self.vocabulary.code_range[0])
 
     def _identity(self, sample: Sample) -> torch.Tensor:
         if sample.identity is None:
@@ -176,7 +175,7 @@ class RowMaker:
 
     def collate(self, t2i: Sequence[T2IRow], mmu: Sequence[MmuRow], lm: Sequence[list[int]], step: int) -> Batch:
         """One batch of the rows of all tasks; `step` and a row's place decide which of its codes are masked."""
-        pad, parts = self.model.vocabulary.pad, []
+        pad, parts = self.vocabulary.pad, []
         if t2i:
             codes, mask_prob = torch.stack([row.codes for row in t2i]), torch.stack([row.mask_prob for row in t2i])
             noised, masked = zip(*(self._noise(row, step) for row in t2i))
@@ -202,7 +201,7 @@ class RowMaker:
     def _noise(self, row: T2IRow, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The row's codes with some masked, and which; by the row's place in the whole step."""
         noised, masked = d3diff.noise(
-            row.codes[None], row.mask_prob[None], self.model.vocabulary.mask,
+            row.codes[None], row.mask_prob[None], self.vocabulary.mask,
             seed=self.data.seed, offset=step, first_row=row.place,
         )  # fmt: skip
         return noised[0], masked[0]
