@@ -23,11 +23,13 @@ from transformers.utils import logging
 from unif2ace.auto import UniF2aceConfig, UniF2aceForConditionalGeneration, UniF2aceProcessor
 from unif2ace.errors import UserError
 from unif2ace.files import read_json
+from unif2ace.importers.weights import Weights
 from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.magvit import Magvit
 from unif2ace.model.text_tokenizer import TextTokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TEXT, PROCESSOR = "tokenizer.json", "processor_config.json"
 
 
@@ -137,25 +139,26 @@ def read_config(folder: Path) -> UniF2aceConfig:
 
 
 def read_model(folder: Path, config: UniF2aceConfig, dtype: torch.dtype | None) -> UniF2aceForConditionalGeneration:
-    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+    files = [folder / name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
+    if not files:
         raise UserError(f"{folder / WEIGHTS} is missing: copy the whole folder again")
+    if not isinstance(read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}, dict):
+        raise UserError(f"{folder / GENERATION} is damaged: copy it again")
+    # Shapes first: a config that asks for more than memory holds is told, not tried.
+    have = Weights(files[0]).shapes
+    with torch.device("meta"):
+        want = {name: tuple(each.shape) for name, each in UniF2aceForConditionalGeneration(config).state_dict().items()}
+    for name in [*sorted(want), *sorted(have.keys() - want.keys())]:
+        if have.get(name) != want.get(name):
+            _of_different_models(folder, name, want.get(name, "nothing"), have.get(name, "nothing"))
     try:
-        with quiet():  # what does not fit is said below, in one line
-            model, info = UniF2aceForConditionalGeneration.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        with quiet():
+            return UniF2aceForConditionalGeneration.from_pretrained(
+                folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+            )
+    except (AttributeError, OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder / WEIGHTS} is truncated or damaged ({reason}): copy it again") from error
-    for name, have, want in sorted(info["mismatched_keys"]):
-        _of_different_models(folder, name, tuple(want), tuple(have))
-    wanted = model.state_dict()
-    for name in sorted(info["missing_keys"]):
-        _of_different_models(folder, name, tuple(wanted[name].shape), "nothing")
-    for name in sorted(info["unexpected_keys"]):
-        _of_different_models(folder, name, "nothing", "there")
-    return model
 
 
 @contextlib.contextmanager

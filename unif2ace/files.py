@@ -52,12 +52,12 @@ def read_json(path: Path) -> Any:
         UserError: it is missing, damaged or cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, a number of too many digits; nested without end
         raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
 
 

@@ -89,12 +89,14 @@ def compare(ours, written_out, options, dtype, hidden, weight, bias, where):
     value, stats, gradients = run(ours, dtype, *problem, where)
     peer, _, peer_gradients = run(written_out, dtype, *problem)
     exact, _, exact_gradients = run(written_out, torch.float64, *problem)
+    largest = [1.0 if each is None else 1 + each.abs().max().item() for each in (hidden, weight, bias)]
+    size = max(largest) if weight is None else math.prod(largest) * hidden.shape[-1]  # of logits, that round
     assume(exact.isfinite() and exact.abs() < 1e4 and peer.isfinite())  # e^z of "unnormalized" is all there is beyond
-    assert_as_good(value + options["alpha"] * stats.score_constant, peer, exact, "loss", dtype=dtype)
+    assert_as_good(value + options["alpha"] * stats.score_constant, peer, exact, "loss", dtype=dtype, size=size)
     for name, g, p, e in zip(("hidden", "weight", "bias"), gradients, peer_gradients, exact_gradients):
         assume(p.isfinite().all())
         assert g.dtype == dtype
-        assert_as_good(g, p, e, name, dtype=dtype)
+        assert_as_good(g, p, e, name, dtype=dtype, size=size * max(largest))
 
 
 @given(problems(), dtypes, layouts)

@@ -62,11 +62,18 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def assert_as_good(
-    ours: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor, name: str, *, dtype: torch.dtype = torch.float32
+    ours: torch.Tensor,
+    peer: torch.Tensor,
+    truth: torch.Tensor,
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    size: float = 1.0,
 ) -> None:
     """err(ours) <= 2 err(same-dtype torch) + a few roundings of `dtype`, both against float64.
 
-    One number of a tiny problem may come out exact by luck, hence the roundings, of the largest true value or of 1;
+    One number of a tiny problem may come out exact by luck, hence the roundings, of the largest true value or of
+    `size`, that of what cancels on the way;
     the rooms' own tests hold the tighter rule where there are enough numbers.
     """
     assert ours.shape == truth.shape, name
@@ -74,7 +81,7 @@ def assert_as_good(
     if not truth.numel():
         return
     assert ours.isfinite().all(), f"{name}: not finite, the truth is"
-    scale = max(1.0, truth.abs().max().item())
+    scale = max(size, truth.abs().max().item())
     error, peers = ((each - truth).abs().max().item() for each in (ours, peer))
     allowed = 2 * peers + scale * max(4 * torch.finfo(dtype).eps, 1e-10)
     assert not math.isnan(allowed) and error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

@@ -122,11 +122,19 @@ def edit(saved, change) -> None:
         lambda config: config["image_tokenizer"].update(colour=True),
         lambda config: config["image_tokenizer"].update(kind="painter"),
         lambda config: config.update(vocab_size=7),
+        lambda config: config.update(num_hidden_layers=5000),
+        lambda config: config["image_tokenizer"].update(blocks=5000),
     ],
 )
 def test_a_config_that_describes_no_model_is_named(saved, change):
     edit(saved, change)
     assert_one_line(saved, CONFIG, "does not describe a model")
+
+
+@pytest.mark.parametrize("content", ["[]", "[1]", "3", "{", "[" * 10_000])
+def test_damaged_settings_of_generation_are_named(saved, content):
+    (saved / "generation_config.json").write_text(content)
+    assert_one_line(saved, "generation_config.json is damaged")
 
 
 @pytest.mark.parametrize("kind", [None, "phi"])
@@ -144,6 +152,7 @@ def test_a_config_of_another_kind_of_model_is_named(saved, kind):
         (lambda config: config.update(token_moe=None), "ffn"),
         (lambda config: config.update(image_tokenizer=None), "image_tokenizer"),
         (lambda config: config["image_tokenizer"].update(bits=5), "bits"),
+        (lambda config: config.update(intermediate_size=2**40, token_moe=None), "ffn"),  # more than memory holds
     ],
 )
 def test_weights_of_another_model_are_not_taken(saved, change, name):

@@ -1,5 +1,8 @@
 """The face generator, the identity encoder and the face finder, on a handful of really generated faces."""
 
+import struct
+import zlib
+
 import cv2
 import numpy as np
 import pytest
@@ -161,6 +164,15 @@ def test_unreadable_picture(tmp_path, content):
     (tmp_path / "bad.png").write_bytes(content)
     with pytest.raises(UserError, match="bad.png is not a picture"):
         identity.read_image(tmp_path / "bad.png")
+
+
+@pytest.mark.parametrize("sides", [(32000, 32000), (8001, 8000), (2**31 - 1, 1)])
+def test_a_picture_that_claims_too_many_pixels_is_not_decoded(tmp_path, sides):
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *sides, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100)))]
+    packed = [struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks]
+    (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    with pytest.raises(UserError, match="large.png is a picture of .*more than 64000000"):
+        identity.read_image(tmp_path / "large.png")
 
 
 def test_missing_picture(tmp_path):

@@ -68,7 +68,14 @@ def test_json_comes_back(tmp_path):
     assert read_json(tmp_path / "x.json") == value and os.listdir(tmp_path) == ["x.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00", b"{'a': 1}"])
+NESTED, DIGITS = b"[" * 100_000 + b"]" * 100_000, b"9" * 5000  # what Python's reader refuses with other errors
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"a": ', b"\xff\xfe\x00", b"{'a': 1}", NESTED, DIGITS],
+    ids=["empty", "cut", "not UTF-8", "not JSON", "nested", "digits"],
+)
 def test_damaged_json_is_named(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)

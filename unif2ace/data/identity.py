@@ -15,6 +15,7 @@ from unif2ace.data.faces import SIZE
 from unif2ace.encoders.alignment import similarity, warp
 from unif2ace.encoders.sface import SFace, find_faces
 from unif2ace.errors import UserError
+from unif2ace.pictures import decode
 
 # Eyes (viewer's left, right), nose tip, mouth corners, (x, y), in a frame of side 1: YuNet's mean over 300 faces
 FRAME = np.array([[23.82, 29.36], [40.20, 29.20], [31.82, 39.10], [24.54, 46.00], [38.91, 46.34]]) / SIZE
@@ -59,7 +60,7 @@ def read_image(path: Path) -> np.ndarray:
     """Read a picture file as [H, W, 3] uint8 RGB.
 
     Raises:
-        UserError: it is missing, or not a picture.
+        UserError: it is missing, not a picture, or too large a one.
     """
     path = Path(path)
     try:
@@ -67,12 +68,9 @@ def read_image(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
-    except cv2.error as error:  # a picture of more pixels than OpenCV takes
-        raise UserError(f"{path} cannot be decoded ({error.err}): give a smaller picture") from error
-    if image is None:
-        raise UserError(f"{path} is not a picture that can be read: give a PNG or JPEG file")
-    return np.ascontiguousarray(image[..., ::-1])
+        return decode(content)
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
 
 
 def face_from_file(path: Path, size: int = SIZE) -> np.ndarray:

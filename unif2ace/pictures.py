@@ -1,0 +1,44 @@
+"""Picture files from outside: decoded only after their header has said how large the picture is."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image
+
+# Of one picture. A file of a few kilobytes can claim a billion, which would be decoded into gigabytes.
+LARGEST_PIXELS = 64_000_000
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+
+def decode(content: bytes) -> np.ndarray:
+    """A picture's file as [H, W, 3] uint8 RGB, turned as it says that it was held.
+
+    Raises:
+        ValueError: it is no picture, or has more than `LARGEST_PIXELS`; the message ends a sentence on the file.
+    """
+    width, height = _size(content)
+    if width * height > LARGEST_PIXELS:
+        raise ValueError(f"is a picture of {width} x {height} pixels, more than {LARGEST_PIXELS}: give a smaller one")
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ValueError(f"is a picture that cannot be decoded ({error.err}): give a PNG or JPEG file") from error
+    if image is None:
+        raise ValueError("is not a picture that can be read: give a PNG or JPEG file")
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def _size(content: bytes) -> tuple[int, int]:
+    """Width and height as the header says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            return Image.open(io.BytesIO(content), formats=_FORMATS).size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"is a picture of more than {LARGEST_PIXELS} pixels: give a smaller one") from error
+    except Exception as error:  # each format's reader has its own errors for a damaged header
+        raise ValueError("is not a picture that can be read: give a PNG or JPEG file") from error
