@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,14 +41,14 @@ class Work:
         ours, baselines: the contenders.
         error: distance of a contender's outputs from the float64 truth; see `error_against`.
         tolerance: the error above which a contender is refused and not timed.
-        notes: more about ours for its record, found by another run of it; None for nothing.
+        notes: from our record more for it, such as what another run finds; None for nothing.
     """
 
     ours: Run
     baselines: Mapping[str, Baseline]
     error: Callable[[Outputs], float]
     tolerance: float
-    notes: Callable[[], dict[str, object]] | None = None
+    notes: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

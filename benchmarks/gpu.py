@@ -29,6 +29,7 @@ from .stages import Stage, run_stages, summary
 NO_CUDA = "no CUDA device"
 CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
 _PYTHON = sys.executable
+_OF_MODEL = ("model.step", "model.block", "model.forward", "sampling.generate")  # need transformers
 
 _REPORT = """
 import json, torch
@@ -135,6 +136,10 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
     archs = {"UNIF2ACE_CUDA_ARCHS": f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")}
     has_pytest = importlib.util.find_spec("pytest") or any((Path(each) / "pytest").is_dir() for each in path)
     no_pytest = None if has_pytest else f"pytest is not installed and no wheel of it is in {CARRIED}"
+    has_transformers = any((Path(each) / "transformers").is_dir() for each in path)
+    no_model = None
+    if not (importlib.util.find_spec("transformers") or has_transformers):
+        no_model = f"transformers, which the model is built on, is not installed and no wheel of it is in {CARRIED}"
     collect = ["--collect-only"] if dry_run else []
 
     def tests(name: str, which: str, marks: str, seconds: float, missing: str | None) -> Stage:
@@ -145,7 +150,8 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         how = ["--list", "--device", "cuda"] if dry_run else ["--device", "cuda", "--json", str(out / "benches.jsonl")]
         command = _python("-m", "benchmarks.run", "--op", op, "--shape", shape, "--seconds", str(each), *how, *more)
         compiled = ["compiled"] if "torch.compile" in more else []
-        return Stage(" ".join(filter(None, ["bench", op, shape, *compiled])), command, seconds, needs_cuda)
+        missing = no_model if op in _OF_MODEL else None
+        return Stage(" ".join(filter(None, ["bench", op, shape, *compiled])), command, seconds, missing or needs_cuda)
 
     def sweep(knob: str, seconds: float) -> Stage:
         how = ["--list"] if dry_run else ["--json", str(out / "benches.jsonl")]
@@ -173,6 +179,8 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         bench("moe.layer", "gpu-core", 110, "--no-compile"),
         bench("d3diff.loss", "x256 slice", 70, "--no-compile"),
         bench("sampling", "paper-64x256", 60, "--no-compile"),
+        bench("model.step", "base", 90, "--no-compile"),
+        bench("sampling.generate", "base", 60, "--no-compile"),
         bench("moe.route", "router", 40, "--no-compile"),
         bench("moe.mix", "paper-16", 30, "--no-compile"),
         bench("d3diff.n", "paper-16x256", 30, "--no-compile"),
@@ -183,6 +191,9 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         bench("d3diff.loss", "paper-16x256", 80, "--against", "torch.compile"),
         bench("moe.layer", "paper-16k", 80, "--against", "torch.compile"),
         bench("sampling", "paper-16", 60, "--against", "torch.compile"),
+        bench("model.step", "base", 150, "--against", "torch.compile"),
+        bench("model.block", "base", 40, "--no-compile"),
+        bench("model.forward", "base", 40, "--no-compile"),
         sanitizer("racecheck", "moe.route", 60),
         bench("moe.layer", "gpu-grid", 200, "--no-compile"),
         sweep("moe.layer", 400),

@@ -87,7 +87,7 @@ def run_case(
     if timing and OURS in ready:
         try:
             _time(case, device, ready, records, seconds, max_rounds, known)
-            records[OURS] |= work.notes() if work.notes is not None else {}
+            records[OURS] |= work.notes(records[OURS]) if work.notes is not None else {}
         except Exception:
             records[OURS] |= {"status": ERROR, "reason": traceback.format_exc()}
     return list(records.values())
