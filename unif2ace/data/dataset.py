@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class FaceSet:
     images: np.ndarray
     classes: np.ndarray
     thresholds: np.ndarray
-    identity: np.ndarray
+    identity: np.ndarray = field(repr=False)  # who a person is: never said
     held_out: int
     settings: dict
 

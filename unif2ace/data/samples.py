@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Sample:
     captions: tuple[str, ...] = ()
     conversations: tuple[Conversation, ...] = ()
     text: str | None = None
-    identity: np.ndarray | None = None
+    identity: np.ndarray | None = field(default=None, repr=False)  # who a person is: never said
     semantic: np.ndarray | None = None
 
     def serves(self, task: str) -> bool:

@@ -12,12 +12,12 @@ prefix through <eoi>. (Layout and masks are Show-o's; its mmu mask takes row 0's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple, Protocol
 
 import torch
 
-from unif2ace.configs import MMU, T2I, UniF2aceConfig
+from unif2ace.configs import MMU, T2I, VocabularyConfig
 from unif2ace.errors import UserError
 
 IGNORE = -100  # a label that is no target
@@ -54,7 +54,8 @@ class Layout(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> Layout:
-        return Layout(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in self))
+        real, images = (each if each is None else each.to(device) for each in (self.real, self.images))
+        return Layout(real, images, self.t2i.to(device), self.mmu.to(device), self.plain)
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Batch:
     image_start: torch.Tensor
     labels: torch.Tensor
     mask_prob: torch.Tensor
-    identity: torch.Tensor
+    identity: torch.Tensor = field(repr=False)  # who a person is: never said
     semantic: torch.Tensor
     layout: Layout | None = None
 
@@ -88,7 +89,7 @@ class Batch:
         """The same batch on `device`."""
         layout = self.layout or Layout.of(self.attention_mask, self.task, self.image_start)
         tensors = {name: value.to(device) for name, value in vars(self).items() if name != "layout"}
-        return Batch(**tensors, layout=layout.to(device))
+        return replace(self, **tensors, layout=layout.to(device))
 
     @classmethod
     def join(cls, parts: Sequence[Batch], pad: int) -> Batch:
@@ -111,7 +112,17 @@ class Batch:
         return cls(**{each.name: stack(each.name) for each in fields(cls) if each.name != "layout"})
 
 
-def t2i_prompts(captions: Sequence[Sequence[int]], end: int, config: UniF2aceConfig) -> torch.Tensor:
+class RowSizes(Protocol):
+    """What a row is made by: a `UniF2aceConfig`, or a processor that knows as much."""
+
+    vocabulary: VocabularyConfig
+    image_tokens: int
+    text_slots: int
+    identity: int
+    semantic: int
+
+
+def t2i_prompts(captions: Sequence[Sequence[int]], end: int, config: RowSizes) -> torch.Tensor:
     """Left-padded caption side of t2i rows, [B, text_slots].
 
     Args:
@@ -134,7 +145,7 @@ def t2i_prompts(captions: Sequence[Sequence[int]], end: int, config: UniF2aceCon
 def t2i_batch(
     prompts: torch.Tensor,
     codes: torch.Tensor,
-    config: UniF2aceConfig,
+    config: RowSizes,
     targets: torch.Tensor | None = None,
     mask_prob: torch.Tensor | None = None,
 ) -> Batch:
@@ -174,7 +185,7 @@ def mmu_batch(
     texts: Sequence[Sequence[int]],
     identity: torch.Tensor,
     semantic: torch.Tensor,
-    config: UniF2aceConfig,
+    config: RowSizes,
     answers: Sequence[Sequence[bool]] | None = None,
 ) -> Batch:
     """Understanding rows.
@@ -229,7 +240,7 @@ def padded_left(batch: Batch, pad: int) -> Batch:
     )
 
 
-def lm_batch(texts: Sequence[Sequence[int]], config: UniF2aceConfig) -> Batch:
+def lm_batch(texts: Sequence[Sequence[int]], config: RowSizes) -> Batch:
     """Rows of plain text, each token of which is predicted from those before it; `texts` are token ids."""
     vocabulary, rows = config.vocabulary, len(texts)
     tokens = torch.full((rows, max(map(len, texts))), vocabulary.pad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class EncodedFaces:
 
     codes: torch.Tensor
     semantic: torch.Tensor
-    identity: torch.Tensor
+    identity: torch.Tensor = field(repr=False)  # who a person is: never said
     classes: np.ndarray
 
 
