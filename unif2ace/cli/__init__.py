@@ -19,7 +19,8 @@ EXTRAS = {"gradio": "app", "starlette": "app", "onnxruntime": "faces", "open_cli
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 1 with one line on stderr when the user can mend it, 130 on Ctrl-C."""
     parser = _parser()
-    parsed, parsed.overrides = parser.parse_known_args(arguments)
+    parsed, overrides = parser.parse_known_args(arguments)
+    parsed.overrides = overrides
     if parsed.overrides and not getattr(parsed, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(parsed.overrides)}")
     try:
