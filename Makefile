@@ -1,4 +1,4 @@
-# make demo | demo-small | test | test-all | fuzz | lint | bench | gpu | clean
+# make demo | demo-small | test | test-all | fuzz | lint | bench | report | gpu | clean
 # Everything runs in .venv, which the first target makes from nothing; a changed pin installs again.
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ INSTALLING := $(VENV)/.installing
 INSTALL_SECONDS := $(VENV)/.install-seconds
 EXTENSION := kernels/unif2ace_kernels/_build.json
 
-.PHONY: demo demo-small test test-all fuzz lint bench gpu clean
+.PHONY: demo demo-small test test-all fuzz lint bench report gpu clean
 
 demo: $(DEMO_READY) $(EXTENSION)
 	UNIF2ACE_INSTALL_SECONDS=$$(cat $(INSTALL_SECONDS)) $(VENV)/bin/unif2ace demo
@@ -46,8 +46,10 @@ lint: $(DEV_READY)
 	$(PY) -m mypy
 
 bench: $(DEV_READY) $(EXTENSION)
-	rm -f benchmarks/results/cpu/benches.jsonl
-	$(PY) -m benchmarks.run --json benchmarks/results/cpu/benches.jsonl
+	$(PY) -m benchmarks.cpu
+
+report: $(DEV_READY)
+	$(PY) -m benchmarks.report
 
 # On a GPU machine with its own torch: no environment is made and nothing is fetched.
 gpu:
