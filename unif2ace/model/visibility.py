@@ -43,8 +43,9 @@ class VarlenCall(NamedTuple):
 class Visibility:
     """Who sees whom; made once for a forward pass and shared by its layers. No method reads a value on the host.
 
-    What it is given is copied, so that a tensor that is edited later changes nothing here: what is kept for one
-    kernel can never be out of date. Facts that change need a new object.
+    What a kernel reads is made when the first layer asks for it and kept in the object, by kernel and number of
+    queries. The facts are copied: a tensor that is edited later changes nothing here, so what is kept can never be out
+    of date, and facts that change need a new object.
 
     Args:
         attention_mask: [B, Lk] bool, False on padding, which may lie before and after a row's tokens; of keys that a
