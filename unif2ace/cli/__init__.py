@@ -67,6 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="parameters by part, in all and used by a token")
     info.add_argument("checkpoint", help="folder of a checkpoint or of an import; or base, the 1.8B shape")
     info.set_defaults(run=_info)
+
+    planning = commands.add_parser("plan", help="memory of training by part and by GPU, FLOPs, the largest batch")
+    planning.add_argument("config", help="base (the 1.8B shape), tiny, or the folder of a checkpoint or of an import")
+    planning.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
+    planning.add_argument("--batch", type=int, help="rows of a GPU in a step (default: the most that fit)")
+    planning.add_argument("--length", type=int, help="tokens of a row (default: a t2i row's, up to a multiple of 8)")
+    planning.add_argument("--dtype", choices=["fp32", "bf16", "autocast"], default="bf16", help="(default: bf16)")
+    planning.add_argument("--optimizer", choices=["adamw", "muon", "sgd"], default="adamw", help="(default: adamw)")
+    planning.add_argument("--ema", action="store_true", help="an average of the weights is kept")
+    planning.add_argument("--checkpointing", choices=["none", "block"], default="none", help="(default: none)")
+    planning.add_argument("--sharding", choices=["fsdp", "ddp"], default="fsdp", help="(default: fsdp)")
+    planning.add_argument("--attention", choices=["fused", "math"], default="fused", help="(default: fused)")
+    planning.add_argument("--gpu-memory", type=float, default=141, help="GB of a GPU (default: an H200's, 141)")
+    planning.set_defaults(run=_plan)
     return parser
 
 
@@ -90,3 +104,9 @@ def _info(parsed: argparse.Namespace) -> None:
     from unif2ace.cli.info import info
 
     info(parsed)
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.plan import plan
+
+    plan(parsed)

@@ -11,12 +11,9 @@ from unif2ace.errors import UserError
 from unif2ace.importers.parts import model_config
 from unif2ace.planning import activations
 from unif2ace.planning.plan import (
-    CHECKPOINTING,
     GB,
     GIB,
     MASKED_SHARE,
-    OPTIMIZERS,
-    SHARDINGS,
     SPARE,
     Memory,
     Training,
@@ -33,28 +30,12 @@ _DEMO_WORDS = VocabularyConfig(text=404, codes=1024)
 _DTYPES = {"fp32": "float32", "bf16": "bf16", "autocast": "autocast"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("config", help="base (the 1.8B shape), tiny, or the folder of a checkpoint or of an import")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
-    parser.add_argument("--batch", type=int, help="rows of a GPU in a step (default: the most that fit)")
-    parser.add_argument(
-        "--length", type=int, help="tokens of a row (default: those of a t2i row, up to a multiple of 8)"
-    )
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="(default: %(default)s, float32 masters)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
-    parser.add_argument("--ema", action="store_true", help="an average of the weights is kept")
-    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none", help="(default: %(default)s)")
-    parser.add_argument("--sharding", choices=SHARDINGS, default="fsdp", help="(default: %(default)s)")
-    parser.add_argument("--attention", choices=(activations.FUSED, activations.MATH), default=activations.FUSED)
-    parser.add_argument("--gpu-memory", type=float, default=141, help="GB of a GPU (default: an H200's %(default)s)")
-
-
 def plan(parsed: argparse.Namespace) -> None:
     """Print a table of memory by part, a column a number of GPUs, and what it assumes."""
     for name in ("gpus", "batch", "length", "gpu_memory"):
         given = getattr(parsed, name)
-        if any(value <= 0 for value in (given if isinstance(given, list) else [given or 1])):
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        if min(values, default=1) <= 0:
             raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {given}")
     print("\n".join(report(parsed)))
 
@@ -130,20 +111,20 @@ def assumptions(training: Training, space: float) -> list[str]:
               "autocast": "float32 weights, cast to bfloat16 at each product",
               "float32": "float32 throughout"}[training.precision]  # fmt: skip
     sharding = {
-        "fsdp": "masters, gradients, optimizer and EMA in equal parts; gathered: all outside the layers, and two layers",
-        "ddp": "every GPU has masters, gradients, optimizer and EMA; two buckets of 25 MiB on the way",
+        "fsdp": "masters, gradients, optimizer, EMA in equal parts; gathered: all outside the layers, and two layers",
+        "ddp": "every GPU has masters, gradients, optimizer, EMA; two buckets of 25 MiB on the way",
     }[training.sharding]
     return [
         "Assumed:",
         f"- {number}",
         f"- sharding: {sharding}",
         f"- rows of {training.step.length} tokens without padding, t2i : mmu : text = 5 : 2 : 1 (Show-o's)",
-        f"- {MASKED_SHARE:.0%} of the image tokens are masked, the mean of the cosine schedule; text after the image is "
-        "all predicted",
-        f"- attention keeps {'no' if training.attention == activations.FUSED else 'its'} probabilities; the head makes "
-        "logits a chunk of rows at a time and keeps none",
-        f"- usable: {usable(space) / GIB:.1f} GiB, {space / GB:.0f} GB less {SPARE:.0%} for the allocator and 2 GiB for "
-        "CUDA and NCCL",
+        f"- {MASKED_SHARE:.0%} of the image tokens are masked, the mean of the cosine schedule; "
+        "text after the image is all predicted",
+        f"- attention keeps {'no' if training.attention == activations.FUSED else 'its'} probabilities; "
+        "the head makes logits a chunk of rows at a time and keeps none",
+        f"- usable: {usable(space) / GIB:.1f} GiB, {space / GB:.0f} GB less {SPARE:.0%} for the allocator "
+        "and 2 GiB for CUDA and NCCL",
         "- FLOPs of matrix products, the backward as twice the forward; attention counts all pairs of positions",
         "- frozen encoders and the image tokenizer are not in it: their features and codes come precomputed",
         "Kept bytes and peaks were checked against steps run on a CPU; not yet measured on GPU.",
