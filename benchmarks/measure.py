@@ -90,7 +90,7 @@ def interleaved(
         name: min(max_rounds, MAX_ROUNDS if _least(took) == MIN_ROUNDS else _least(took)) for name, took in once.items()
     }
     round_s = sum(took * inner[name] for name, took in once.items() if most[name] >= MIN_ROUNDS)
-    rounds = min(max_rounds, max(_least(round_s), int(seconds / max(round_s, 1e-6))))
+    rounds = min(max(most.values()), max(_least(round_s), int(seconds / max(round_s, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         taking_part = [name for name in contenders if turn < most[name]]
