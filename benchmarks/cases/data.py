@@ -1,6 +1,6 @@
 """The rows of a training step: read from shards, against making them from picture files, and against the step itself.
 
-Time is of as many rows as a step has, by one process. Pictures are random, smooth and 256 px a side, kept as JPEG; they
+Time is of as many rows as a step has, by one process. Pictures are random, smooth and 512 px a side, kept as JPEG; they
 are cut to the model's side and tokenised on the way, with and without their identity embedded. webdataset reads as many
 samples of the same shards in their order and decodes them, and makes no rows of them. The step is forward and backward
 of the model on these rows: how many times it is our time is how many ranks one such process feeds.
@@ -34,7 +34,7 @@ from unif2ace.model.text_tokenizer import TextTokenizer
 
 from ..case import FORWARD, Baseline, Case, Outputs, Run, Work
 
-PICTURE = 256
+PICTURE = 512  # pixels a side: CelebV-HQ has 512, FFHQ 1024
 SHARD = 64
 
 
@@ -113,8 +113,8 @@ class Rows:
             semantic=rng.standard_normal((577, self.model.semantic), dtype=np.float32),
         )
 
-    def _stream(self, path: Path, encode: Encoding | None = None, workers: int = 0) -> Stream:
-        changes = {"sets": (SetConfig(str(path)),), "workers": workers}
+    def _stream(self, path: Path, encode: Encoding | None = None) -> Stream:
+        changes = {"sets": (SetConfig(str(path)),)}
         return Stream(DataConfig(**{**vars(self.data), **changes}), self.model, self.text, encode=encode)
 
     def _step(self, stream: Stream) -> Outputs:
@@ -132,11 +132,6 @@ class Rows:
         encode = Encoding(self.tokenizer, self.tokenizer.config.side, "random", encoder, latents=True)
         stream = self._stream(self.root / "raw" / "faces.json", encode)
         return Baseline(lambda: self._step(stream))
-
-    def workers(self, count: int) -> Baseline:
-        """Ours through `count` processes beside this one, once they are at work."""
-        steps = iter(self._stream(self.root, workers=count))
-        return Baseline(lambda: [next(steps).batches[0].input_ids], rate_only=True)
 
     def webdataset(self) -> Baseline:
         if importlib.util.find_spec("webdataset") is None:
@@ -174,8 +169,6 @@ def _work(model: UniF2aceConfig, batch: int, samples: int, pictures: bool) -> Wo
             "from pictures: codes, identity": rows.pictures(True),
             "the model's step": rows.step(),
         }
-    if samples > SHARD:
-        baselines["ours, 2 workers"] = rows.workers(2)
     return Work(ours=rows.ours, baselines=baselines, error=rows.error, tolerance=0.0)
 
 

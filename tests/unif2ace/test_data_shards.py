@@ -117,7 +117,7 @@ def damaged(folder, extension, change):
     """Change one sample's member on disk and return the source."""
     path = folder / "shard-00001.tar"
     index = json.loads(index_path(path).read_text())
-    offset, size = index["places"][2][index["members"].index(extension)]
+    offset, size, _ = index["places"][2][index["members"].index(extension)]
     content = bytearray(path.read_bytes())
     content[offset : offset + size] = change(bytes(content[offset : offset + size]))
     path.write_bytes(content)
@@ -198,3 +198,13 @@ def test_pickles_are_never_read(folder):
         add(tar, "0.codes.npy", objects.getvalue())
     with pytest.raises(SampleError, match="an array of it is damaged .*never unpickled"):
         ShardSource(folder / "x.tar")[0]
+
+
+def test_features_are_left_where_they_are_when_nobody_wants_them(folder):
+    """Damage to them included: a row that paints does not care."""
+    source = damaged(folder, "semantic.npy", lambda content: content[:-1] + bytes([content[-1] ^ 1]))
+    sample = source.read(7, features=False)
+    assert sample.identity is None and sample.semantic is None
+    assert np.array_equal(sample.codes, source.read(7, features=False).codes) and sample.key == "face-7"
+    with pytest.raises(SampleError, match="its bytes are not those"):
+        source.read(7)

@@ -184,7 +184,9 @@ class RowMaker:
             parts.append(t2i_batch(prompts, torch.stack(noised), self.model, targets, mask_prob.float()))
         if mmu:
             tokens = max(len(row.semantic) for row in mmu)
-            semantic = torch.stack([F.pad(row.semantic, (0, 0, 0, tokens - len(row.semantic))) for row in mmu])
+            semantic = torch.zeros(len(mmu), tokens, self.model.semantic)
+            for into, row in zip(semantic, mmu):
+                into[: len(row.semantic)] = row.semantic
             codes, identity = torch.stack([row.codes for row in mmu]), torch.stack([row.identity for row in mmu])
             texts, answers = [row.ids for row in mmu], [row.answers for row in mmu]
             parts.append(mmu_batch(codes, texts, identity, semantic, self.model, answers))
@@ -210,6 +212,7 @@ class RowMaker:
 def _feature(value: np.ndarray, shape: tuple[int, ...], name: str, where: str) -> torch.Tensor:
     if value.shape != shape:
         raise SampleError(where, f"its {name} features are {list(value.shape)}, this model's {list(shape)}")
-    if not np.isfinite(value).all():
+    features = torch.from_numpy(value.astype(np.float32))
+    if not features.sum().isfinite():  # one pass, and no mask of a million booleans
         raise SampleError(where, f"its {name} features are not finite")
-    return torch.from_numpy(value.astype(np.float32))
+    return features

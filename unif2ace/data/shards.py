@@ -36,6 +36,7 @@ FORMAT = 1
 JOB, MANIFEST = "job.json", "manifest.json"
 ARRAYS = ("codes", "identity", "semantic")
 _MEMBERS = ("json", *(f"{name}.npy" for name in ARRAYS))  # in the order in which they stand
+_FEATURES = ("identity.npy", "semantic.npy")
 _LLAVA = FieldMap()
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 
@@ -60,22 +61,19 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], first: int
         UserError: the file system refuses.
     """
     path = folder / f"{shard_name(number)}.tar"
-    placed: list[dict[str, tuple[int, int]]] = []
-    index: dict[str, Any] = {"format": FORMAT, "job": job, "file": path.name, "first": first, "keys": [], "crc32": []}
-    index["serves"] = []
+    placed: list[dict[str, tuple[int, int, int]]] = []
+    index: dict[str, Any] = {"format": FORMAT, "job": job, "file": path.name, "first": first, "keys": [], "serves": []}
     with replacing(path) as partial:
         with partial.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for place, sample in enumerate(samples):
-                    check, members = 0, {}
+                    members = {}
                     for extension, content in _members(sample):
                         info = tarfile.TarInfo(f"{first + place:09d}.{extension}")
                         info.size = len(content)
-                        members[extension] = (tar.offset + tarfile.BLOCKSIZE, len(content))
+                        members[extension] = (tar.offset + tarfile.BLOCKSIZE, len(content), zlib.crc32(content))
                         tar.addfile(info, io.BytesIO(content))
-                        check = zlib.crc32(content, check)
                     placed.append(members)
-                    index["crc32"].append(check)
                     index["keys"].append(sample.key)
                     index["serves"].append([int(sample.serves(task)) for task in TASKS])
             file.flush()
@@ -83,7 +81,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], first: int
         index["bytes"], index["sha256"] = partial.stat().st_size, file_digest(partial)
     met = {name for members in placed for name in members}
     index["members"] = [name for name in _MEMBERS if name in met]
-    index["places"] = [[members.get(name, (0, -1)) for name in index["members"]] for members in placed]
+    index["places"] = [[members.get(name, (0, -1, 0)) for name in index["members"]] for members in placed]
     index |= {"samples": len(placed), "skipped": skipped}
     write_json(index_path(path), index)
     return index
@@ -143,32 +141,35 @@ class ShardSource(Source):
         if (path / JOB).exists() and not (path / MANIFEST).exists():
             raise UserError(f"{where}.path: {path} is not finished; run `unif2ace precompute` again to go on")
         self.manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else None
-        if self.manifest is not None:
-            self.shards = [path / each["file"] for each in self.manifest["shards"]]
-            self.fingerprint = digest(*(each["sha256"].encode() for each in self.manifest["shards"]))
-        else:
-            self.shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
         try:
-            indices = [self._written(each) if self.manifest else self._walked(each) for each in self.shards]
+            self._index()
         except OSError as error:
             raise UserError(f"{where}.path: cannot read {error.filename}: {error.strerror}") from error
-        self._firsts = np.concatenate([[0], np.cumsum([len(each["places"]) for each in indices])])
-        self._members = [each["members"] for each in indices]
-        # [samples, members, 2] offset and bytes, -1 where a sample has no such member
-        self._places = [np.array(each["places"], np.int64).reshape(-1, len(each["members"]), 2) for each in indices]
-        self._checks = [np.array(each["crc32"], np.int64) if "crc32" in each else None for each in indices]
-        self._serves = None
-        if self.manifest is not None:
-            flags = [np.array(each["serves"], bool).reshape(-1, len(TASKS)) for each in indices]
-            self._serves = np.concatenate(flags) if flags else np.zeros((0, len(TASKS)), bool)
-        else:
-            sizes = [f"{each.name} {each.stat().st_size}".encode() for each in self.shards]
-            self.fingerprint = digest(*sizes)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise UserError(f"{where}.path: an index in {path} is damaged ({error!r}): copy all of it again") from error
         if not len(self):
             raise UserError(f"{where}.path: {path} holds no samples")
         if self.manifest is None:
             record, _ = self._foreign(self._read(0, 0)[1], f"{where}: {path}")
             check_fields(record, fields, f"{where}: {path}")
+
+    def _index(self) -> None:
+        """Where everything lies, of all shards."""
+        if self.manifest is not None:
+            self.shards = [self.path / each["file"] for each in self.manifest["shards"]]
+            self.fingerprint = digest(*(each["sha256"].encode() for each in self.manifest["shards"]))
+        else:
+            self.shards = sorted(self.path.glob("*.tar")) if self.path.is_dir() else [self.path]
+            sizes = [f"{each.name} {each.stat().st_size}".encode() for each in self.shards]
+            self.fingerprint = digest(*sizes)
+        indices = [self._written(each) if self.manifest else self._walked(each) for each in self.shards]
+        self._firsts = np.concatenate([[0], np.cumsum([len(each["places"]) for each in indices])]).astype(np.int64)
+        self._members = [list(map(_checked_name, each["members"])) for each in indices]
+        self._places = [_checked_places(path, each) for path, each in zip(self.shards, indices)]
+        self._serves = None
+        if self.manifest is not None:
+            flags = [np.array(each["serves"], bool).reshape(len(each["places"]), len(TASKS)) for each in indices]
+            self._serves = np.concatenate(flags) if flags else np.zeros((0, len(TASKS)), bool)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -177,8 +178,11 @@ class ShardSource(Source):
         return None if self._serves is None else np.flatnonzero(self._serves[:, TASKS.index(task)])
 
     def __getitem__(self, index: int) -> Sample:
+        return self.read(index)
+
+    def read(self, index: int, features: bool = True) -> Sample:
         shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        where, members = self._read(shard, index - int(self._firsts[shard]))
+        where, members = self._read(shard, index - int(self._firsts[shard]), features)
         try:
             arrays: dict[str, Any] = {
                 name: _array(members[f"{name}.npy"]) for name in ARRAYS if f"{name}.npy" in members
@@ -186,26 +190,29 @@ class ShardSource(Source):
         except (ValueError, EOFError) as error:
             raise SampleError(where, f"an array of it is damaged ({error})") from error
         if self.manifest is not None:
+            if "json" not in members:
+                raise SampleError(where, "its words are missing")
             return Sample(where=where, **ours(_words(members["json"], where), where), **arrays)
         record, image = self._foreign(members, where)
         sample = sample_of(record, self.fields, where, f"{self.shards[shard].name}:{index}", None)
         image = image if image is not None else sample.image if isinstance(sample.image, bytes) else None
         return dataclasses.replace(sample, image=image, **arrays)
 
-    def _read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
+    def _read(self, shard: int, row: int, features: bool = True) -> tuple[str, dict[str, memoryview]]:
         """Where the sample lies, and its members by extension; one read, as they stand side by side."""
         path, places = self.shards[shard], self._places[shard][row]
-        there = [(name, *map(int, place)) for name, place in zip(self._members[shard], places) if place[1] >= 0]
-        first = min(offset for _, offset, _ in there)
-        content = read_at(path, first, max(offset + size for _, offset, size in there) - first)
-        members = {name: content[offset - first : offset - first + size] for name, offset, size in there}
+        there = [
+            (name, offset, size, check)
+            for name, (offset, size, check) in zip(self._members[shard], places.tolist())
+            if size >= 0 and (features or name not in _FEATURES)
+        ]
+        first = min(offset for _, offset, _, _ in there)
+        content = memoryview(read_at(path, first, max(offset + size for _, offset, size, _ in there) - first))
         where = f"{path} at byte {first}"
-        checks = self._checks[shard]
-        if checks is not None:
-            total = 0
-            for each in members.values():
-                total = zlib.crc32(each, total)
-            if total != checks[row]:
+        members = {}
+        for name, offset, size, check in there:
+            members[name] = content[offset - first : offset - first + size]
+            if check not in (-1, zlib.crc32(members[name])):
                 raise SampleError(where, "its bytes are not those that were written")
         return where, members
 
@@ -222,7 +229,7 @@ class ShardSource(Source):
     def _walked(self, path: Path) -> dict:
         """An index of a shard of another's, by the headers of its members."""
         names: dict[str, int] = {}
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        samples: dict[str, dict[str, tuple[int, int, int]]] = {}
         end = 0
         try:
             with tarfile.open(path, "r:") as tar:
@@ -232,7 +239,11 @@ class ShardSource(Source):
                     stem, _, extension = file.partition(".")
                     if info.isfile() and extension:
                         names.setdefault(extension.lower(), len(names))
-                        samples.setdefault(f"{folder}/{stem}", {})[extension.lower()] = (info.offset_data, info.size)
+                        samples.setdefault(f"{folder}/{stem}", {})[extension.lower()] = (
+                            info.offset_data,
+                            info.size,
+                            -1,
+                        )
             with path.open("rb") as content:  # tarfile takes a header that it cannot read for the end
                 content.seek(end)
                 whole = not content.read(tarfile.BLOCKSIZE).strip(b"\0")
@@ -240,33 +251,54 @@ class ShardSource(Source):
             whole = False
         if not whole:
             self.damaged.append((str(path), f"the tar file is damaged at byte {end}, after {len(samples)} samples"))
-        places = [[members.get(name, (0, -1)) for name in names] for members in samples.values()]
+        places = [[members.get(name, (0, -1, -1)) for name in names] for members in samples.values()]
         return {"members": [*names], "places": places}
 
     @staticmethod
-    def _foreign(members: dict[str, bytes], where: str) -> tuple[dict, bytes | None]:
+    def _foreign(members: dict[str, memoryview], where: str) -> tuple[dict, bytes | None]:
         """The record that a foreign sample's members make, and its picture: webdataset's .json, .txt and pictures."""
         record = _words(members["json"], where) if "json" in members else {}
-        texts = {name: members[name].decode("utf-8", "replace") for name in ("txt", "caption") if name in members}
+        texts = {name: str(members[name], "utf-8", "replace") for name in ("txt", "caption") if name in members}
         if texts:
             record.setdefault("caption", next(iter(texts.values())))
-        return {**texts, **record}, next((members[name] for name in _PICTURES if name in members), None)
+        return {**texts, **record}, next((bytes(members[name]) for name in _PICTURES if name in members), None)
 
 
-def _words(content: bytes, where: str) -> dict:
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"expected a member's name, got {name!r:.80}")
+    return name
+
+
+def _checked_places(path: Path, index: dict) -> np.ndarray:
+    """[samples, members, 3]: offset, bytes (-1 where a sample has no such member), checksum (-1 where none is known).
+
+    Each member lies within the file, so that no more is read than there is, and each sample has one.
+    """
+    places = np.array(index["places"], np.int64).reshape(len(index["places"]), len(index["members"]), 3)
+    offset, size, length = places[..., 0], places[..., 1], path.stat().st_size
+    there = size >= 0
+    if (there & ((offset < 0) | (offset > length) | (size > length - offset))).any():
+        raise ValueError("a member lies outside of its file")
+    if not there.any(1).all():
+        raise ValueError("a sample has no members")
+    return places
+
+
+def _words(content: memoryview, where: str) -> dict:
     try:
-        record = json.loads(content)
-    except ValueError as error:
+        record = json.loads(bytes(content))
+    except (ValueError, RecursionError) as error:
         raise SampleError(where, f"not JSON ({error})") from error
     if not isinstance(record, dict):
         raise SampleError(where, f"expected a record with its fields, got {record!r:.80}")
     return record
 
 
-def _array(content: bytes) -> np.ndarray:
+def _array(content: memoryview) -> np.ndarray:
     """What a .npy file holds; ValueError where it is damaged or holds Python objects."""
     start = 10 + int.from_bytes(content[8:10], "little")
-    dtype, shape = _header(content[:start])
+    dtype, shape = _header(bytes(content[:start]))
     return np.frombuffer(content, dtype, offset=start, count=math.prod(shape)).reshape(shape)
 
 

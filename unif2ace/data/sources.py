@@ -43,6 +43,10 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Sample:
         """Raises SampleError where the sample cannot be read."""
 
+    def read(self, index: int, features: bool = True) -> Sample:
+        """The sample; without its features where they are not wanted and lie apart."""
+        return self[index]
+
     def serving(self, task: str) -> np.ndarray | None:
         """Indices of the samples that have the words for `task`; None: all, as far as is known without reading."""
         return None
@@ -170,7 +174,7 @@ class JsonSource(Source):
             where = f"{self.path} at byte {start}"
             try:
                 record = json.loads(read_at(self.path, start, stop - start))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SampleError(where, f"not JSON ({error})") from error
             if not isinstance(record, dict):
                 raise SampleError(where, f"expected a record with its fields, got {record!r:.80}")
@@ -197,7 +201,7 @@ def _records(path: Path, content: bytes) -> Iterator[tuple[int, int, Any]]:
             if line.strip():
                 try:
                     yield start, start + len(line), json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield start, start + len(line), None
             start += len(line)
         return
@@ -211,7 +215,7 @@ def _records(path: Path, content: bytes) -> Iterator[tuple[int, int, Any]]:
         try:
             _, stop = decoder.raw_decode(text, place)
             value = json.loads(content[place:stop])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged at byte {place} ({error})") from error
         yield place, stop, value
         place = _skip(text, stop)
@@ -253,7 +257,11 @@ class ParquetSource(Source):
         self._groups, self._firsts, self.fingerprint = groups, np.array(firsts), digest(*footers)
         if not firsts[-1]:
             raise UserError(f"{where}.path: {path} holds no records")
-        check_fields(self._record(0), fields, f"{where}: {path}")
+        try:
+            first = self._record(0)
+        except SampleError as error:
+            raise UserError(f"{where}.path: {error}") from error
+        check_fields(first, fields, f"{where}: {path}")
 
     def __len__(self) -> int:
         return int(self._firsts[-1])

@@ -83,7 +83,7 @@ class Walk:
         number = int(np.searchsorted(self._firsts, index, side="right")) - 1
         source, chosen = self.sets[number]
         within = index - self._firsts[number]
-        return source[within if chosen is None else int(chosen[within])]
+        return source.read(within if chosen is None else int(chosen[within]), features=self.task == "mmu")
 
     def candidates(self, place: int) -> Iterator[int]:
         """Index of the sample at `place` of the walk, then of its stand-ins, without end."""

@@ -71,6 +71,9 @@ class TokenFile:
         """Windows."""
         return -(-(self.tokens - 1) // (self.length - 1))
 
+    def read(self, index: int, features: bool = False) -> list[int]:
+        return self[index]
+
     def __getitem__(self, index: int) -> list[int]:
         """The ids of a window; the last one may be short.
 
