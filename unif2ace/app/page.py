@@ -13,11 +13,15 @@ from unif2ace.data import captions
 from unif2ace.errors import UserError
 from unif2ace.generation.image import PaintSettings
 
-PROMPTS = [
-    "a person with light hair, big smile, facing ahead, strong light, bright cool plain background",
-    "portrait of a person with dark hair, closed mouth, dark warm plain background",
-    "a face with covered forehead, facing left, bright clothes, green background",
-]
+PROMPTS = {
+    "Dark hair, a smile": "a person with dark hair, big smile, bare forehead, facing ahead, soft light, dark clothes, "
+    "bright cool plain background",
+    "In a garden": "photo of a face with medium hair, big smile, covered forehead, facing ahead, strong light, "
+    "bright clothes, medium warm green background",
+    "Looking left, blue": "portrait of a person with dark hair, closed mouth, bare forehead, facing left, soft light, "
+    "medium clothes, dark cool plain background",
+}
+FIRST = next(iter(PROMPTS.values()))
 NOTICE = (
     "Everything painted here is made by a model and shows no real person; each picture carries {mark}. Answers say how "
     "a face **looks** to the model, not who or what anybody is. Do not use it to identify, judge or imitate people; "
@@ -27,6 +31,8 @@ CSS = """
 .gradio-container { max-width: 72rem !important; margin: auto }
 .painting button, .painting .image-container, .painting .image-frame, .painting img { width: 100% !important }
 .painting img { height: auto; object-fit: contain }
+.seen button, .seen .image-container, .seen .image-frame, .seen img { width: 100% !important; height: 100% !important }
+.seen img { object-fit: contain }
 .status { min-height: 1.5rem }
 .notice { font-size: .85rem; opacity: .8 }
 footer { display: none !important }
@@ -66,11 +72,13 @@ def page(studio: Studio) -> gr.Blocks:
         )
         with gr.Tab("Paint"), gr.Row():
             with gr.Column(scale=2):
-                prompt = gr.Textbox(PROMPTS[0], label="What should the face be like?", lines=2, elem_id="paint-prompt")
+                prompt = gr.Textbox(FIRST, label="What should the face be like?", lines=2, elem_id="paint-prompt")
                 count = gr.Slider(1, LARGEST_COUNT, 4, step=1, label="How many faces")
                 options = sampling_options()
                 button = gr.Button("Paint", variant="primary", elem_id="paint")
-                gr.Examples([[each] for each in PROMPTS], prompt, label="Prompts to try")
+                gr.Examples(
+                    [[each] for each in PROMPTS.values()], prompt, label="Prompts to try", example_labels=list(PROMPTS)
+                )
             with gr.Column(scale=3):
                 painted = pictures("Painting")
             button.click(_steps(studio.paint), [prompt, count, *options], painted, concurrency_id="model")
@@ -80,11 +88,11 @@ def page(studio: Studio) -> gr.Blocks:
                     label="A picture with one face", sources=["upload", "clipboard"], height=240, elem_id="ask-picture"
                 )
                 seen = gr.Image(
-                    label="What the model sees of it", interactive=False, elem_classes="painting", buttons=[],
+                    label="What the model sees of it", interactive=False, elem_classes="seen", buttons=[],
                     format="png", height=240,
                 )  # fmt: skip
             with gr.Column(scale=3):
-                chat = gr.Chatbot(label="Questions and answers", height=330, buttons=[], feedback_options=None)
+                chat = gr.Chatbot(label="Questions and answers", height=420, buttons=[], feedback_options=None)
                 question = gr.Textbox(label="Question", submit_btn="Ask", elem_id="question")
                 gr.Examples([[captions.questions(index)[0]] for index in range(6)], question, label="Questions to try")
             question.submit(_asking(studio), [uploaded, question, chat], [seen, chat, question], concurrency_id="model")
@@ -106,7 +114,7 @@ def page(studio: Studio) -> gr.Blocks:
                     elem_id="box",
                 )  # fmt: skip
             with gr.Column(scale=3):
-                words = gr.Textbox(PROMPTS[0], label="What should the face be like?", lines=2)
+                words = gr.Textbox(FIRST, label="What should the face be like?", lines=2)
                 options = sampling_options()
                 again = gr.Button("Paint anew", variant="primary", elem_id="repaint")
                 repainted = pictures("Result")
