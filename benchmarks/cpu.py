@@ -45,6 +45,8 @@ SUITES = [
           ("--op", "sampling.step", "--shape", "paper-1x256", "--seconds", "1", "--no-compile"), 40),
     Suite("generation", "Whole generation against Show-o's loop on the same weights",
           ("--op", "sampling.generate", "--shape", "small", "--seconds", "0", "--no-compile"), 60),
+    Suite("data", "The rows of a training step, from shards and from pictures",
+          ("--op", "data", "--seconds", "1"), 60),
     Suite("scaling", "Cost along one axis at a time",
           ("--shape", "scaling", "--seconds", "0.2", "--no-compile"), 110),
     Suite("demo", "The demo's shapes", ("--shape", "demo", "--seconds", "0.5"), 230),

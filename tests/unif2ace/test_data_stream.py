@@ -8,22 +8,28 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import sets
 import torch
+import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from quick import QuickEncoding, job
 
-from unif2ace.data.config import MixConfig, SetConfig
+from unif2ace.data import stream as module
+from unif2ace.data.config import DataConfig, MixConfig, SetConfig
+from unif2ace.data.precompute import PrecomputeConfig
 from unif2ace.data.shards import index_path
 from unif2ace.data.stream import Stream
 from unif2ace.errors import UserError
+from unif2ace.settings import parse
 
 COUNT = 23
 COUNTS = {"t2i": 4, "mmu": 2}  # of the usual config
@@ -418,3 +424,12 @@ def test_too_many_ranks(stream):
         stream(ranks=2, micro=3)
     with pytest.raises(ValueError, match="rank: expected 0 to ranks - 1 = 1, got 2"):
         stream(ranks=2, rank=2)
+
+
+def test_the_page_s_settings_are_settings():
+    """README.md of the data names keys that there are."""
+    page = (Path(module.__file__).parent / "README.md").read_text()
+    first, second = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    data = parse(DataConfig, yaml.safe_load(first), "data").check()
+    assert data.counts == {"t2i": 24, "mmu": 19, "lm": 1}
+    parse(PrecomputeConfig, yaml.safe_load(second), "").check()
