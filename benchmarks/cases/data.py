@@ -176,14 +176,14 @@ _DEMO = UniF2aceConfig.tiny(VocabularyConfig(text=512, codes=1024))
 # shape, model, rows, samples, whether there are pictures, source
 SHAPES = [
     ("smoke", _DEMO, 4, 8, True, "made up, tiny"),
-    ("demo", _DEMO, 44, 512, True, "the demo's rows a step; codes, 64 x 10 latents"),
+    ("44x64", _DEMO, 44, 512, True, "the demo's rows a step; codes, 64 x 10 latents"),
     (
-        "base",
+        "44x256",
         UniF2aceConfig.base(),
         44,
         256,
         False,
-        "the 1.8B shape: 256 codes, 577 x 1024 CLIP features, 512 of identity",
+        "the 1.8B shape: 256 codes, 577 x 1024 of CLIP, 512 of identity",
     ),
 ]
 
