@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 BOX = (4.0, 3.0, 4.0, 5.0)  # distances to left, top, right, bottom, in strides of 8 pixels
+BIAS = np.linspace(-8, 8, 512, dtype=np.float32)
 POINTS = ((-1.5, -1.0), (1.5, -1.2), (0.1, 0.2), (-1.0, 1.4), (1.1, 1.5))
 
 
@@ -56,9 +57,10 @@ def recogniser(seed: int) -> onnx.ModelProto:
     nodes = [
         helper.make_node("AveragePool", ["input.1"], ["coarse"], kernel_shape=[16, 16], strides=[16, 16]),
         helper.make_node("Flatten", ["coarse"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "matrix"], ["vector"]),
+        helper.make_node("MatMul", ["flat", "matrix"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["vector"]),  # else the scale of the input would not show
     ]
-    return _model(nodes, {"matrix": matrix}, ["N", 3, 112, 112], [("vector", ["N", 512])])
+    return _model(nodes, {"matrix": matrix, "bias": BIAS}, ["N", 3, 112, 112], [("vector", ["N", 512])])
 
 
 def _model(nodes, constants, shape, outputs) -> onnx.ModelProto:
