@@ -121,9 +121,9 @@ def _keep_attention(saved: _Saved, config: UniF2aceConfig, step: Step, precision
     saved.keep("attention", _read("normed", "qkv", precision), c * T * D)
     saved.keep("attention", "qkv", 3 * c * T * D)
     saved.keep("attention", "statistics of q and k", 4 * FLOAT32 * T * H)
-    if attention == MATH:  # in float32, whatever comes in
-        saved.keep("attention", "scaled q, k and v", 3 * FLOAT32 * T * D)
-        saved.keep("attention", "probabilities", FLOAT32 * step.rows * H * step.length**2)
+    if attention == MATH:
+        saved.keep("attention", "scaled q, turned k, v", 3 * c * T * D)
+        saved.keep("attention", "probabilities", c * step.rows * H * step.length**2)
     else:
         saved.keep("attention", "turned q and k", 2 * c * T * D)
         saved.keep("attention", "log-sum-exps", FLOAT32 * T * H)
@@ -193,9 +193,9 @@ def _keep_injection(saved: _Saved, config: UniF2aceConfig, step: Step, precision
         saved.keep("injection", f"{name} projected", (c * D + 2 * FLOAT32) * tokens)
         saved.keep("injection", f"{name} normed", c * tokens * D)
         if attention == MATH:
-            saved.keep("injection", f"{name} scaled q", FLOAT32 * rows * N * D)
-            saved.keep("injection", f"{name} scaled k and v", 2 * FLOAT32 * tokens * D)
-            saved.keep("injection", f"{name} probabilities", FLOAT32 * H * N * tokens)
+            saved.keep("injection", f"{name} scaled q", c * rows * N * D)
+            saved.keep("injection", f"{name} k and v", 2 * c * tokens * D)
+            saved.keep("injection", f"{name} probabilities", c * H * N * tokens)
         else:
             saved.keep("injection", f"{name} k and v", 2 * c * tokens * D)
             saved.keep("injection", f"{name} log-sum-exps", FLOAT32 * rows * H * N)

@@ -217,7 +217,7 @@ def _passed_around(training: Training) -> int:
     stream = 2 * size.residual * T * D
     inside = [6 * c * T * D]  # of q, k, v and what they were made of
     if training.attention == MATH:
-        inside.append(2 * FLOAT32 * step.rows * config.num_attention_heads * step.length**2 + 3 * FLOAT32 * T * D)
+        inside.append(2 * c * step.rows * config.num_attention_heads * step.length**2 + 3 * c * T * D)
     if config.token_moe is None or config.token_moe.dense:
         inside.append(2 * c * T * config.intermediate_size)
     if config.token_moe is not None:
