@@ -15,19 +15,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .case import OURS
+from .results import naming
 
 MARGIN = 1.05
 _KEY = ("op", "shape", "mode", "dtype", "device_name", "threads")
 
 
 def load(path: Path) -> dict[tuple, dict]:
-    """Ours of every case in a result file; a later line of the same case replaces an earlier one."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {
-        tuple(record[key] for key in _KEY): record
-        for record in records
-        if record["contender"] == OURS and "median_ms" in record
-    }
+    """Ours of every case in a result file; a later line of the same case replaces an earlier one.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with naming(path):
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {
+            tuple(record[key] for key in _KEY): record
+            for record in records
+            if record["contender"] == OURS and "median_ms" in record
+        }
 
 
 def slower(old: dict[tuple, dict], new: dict[tuple, dict]) -> list[str]:

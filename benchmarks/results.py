@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,28 @@ def results_of(lines: Iterable[str]) -> tuple[list[Result], list[Record]]:
     return [Result(list(each.values())) for each in cases.values() if OURS in each], rest
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What a damaged result file leads to, as a ValueError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
 def load(folder: Path) -> Device:
-    """The result files (*.jsonl) of one device."""
+    """The result files (*.jsonl) of one device.
+
+    Raises:
+        ValueError: names the file that is damaged.
+    """
     files, ceilings, digest, head = {}, [], hashlib.sha256(), {}
     for path in sorted(folder.glob("*.jsonl")):
-        text = path.read_text()
-        digest.update(text.encode())
-        files[path.stem], rest = results_of(text.splitlines())
-        ceilings += [each for each in rest if each["op"] == "ceilings"]
+        with naming(path):
+            text = path.read_text(encoding="utf-8")
+            digest.update(text.encode())
+            files[path.stem], rest = results_of(text.splitlines())
+            ceilings += [each for each in rest if each["op"] == "ceilings"]
         if files[path.stem]:
             head = head or files[path.stem][0].ours
     return Device(folder.name, files, ceilings, digest.hexdigest()[:16], head)

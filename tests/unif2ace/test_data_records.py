@@ -164,6 +164,20 @@ def test_a_damaged_record_says_where_and_what(record, reason, tmp_path):
         source[1]
 
 
+NESTED = "[" * 100_000 + "]" * 100_000  # Python's reader gives up with an error of its own
+
+
+def test_json_without_end_is_damage(tmp_path):
+    (tmp_path / "a.json").write_text(f"[{NESTED}]")
+    with pytest.raises(UserError, match="is damaged at byte 1"):
+        sets.open_raw(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_text(json.dumps(sets.record(0)) + "\n" + NESTED)
+    source = sets.open_raw(tmp_path / "a.jsonl")
+    assert source[0].key == "face-0"
+    with pytest.raises(SampleError, match="not JSON"):
+        source[1]
+
+
 def test_a_damaged_line_is_one_sample(tmp_path):
     source = opened(written(tmp_path, [{"caption": "a"}, '{"caption": "b', "", {"caption": "c"}], "faces.jsonl"))
     assert len(source) == 3 and source[2].captions == ("c",)

@@ -159,6 +159,46 @@ def test_an_index_that_is_damaged_is_refused(folder):
         ShardSource(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("places"),
+        lambda index: index.update(places=None),
+        lambda index: index["places"].pop(),
+        lambda index: index["places"][0].pop(),
+        lambda index: index["places"].__setitem__(0, [[0, -1, 0]] * len(index["members"])),
+        lambda index: index["places"][0].__setitem__(0, [2**70, 1, 0]),
+        lambda index: index.update(members=[["json"]] * len(index["members"])),
+        lambda index: index.pop("bytes"),
+        lambda index: index.update(serves=[]),
+    ],
+)
+def test_an_index_of_other_values_is_refused(folder, change):
+    path = index_path(folder / "shard-00001.tar")
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="an index in .* is damaged"):
+        ShardSource(folder)
+
+
+@pytest.mark.parametrize("place", [[2**62, 2**62, 0], [0, 2**40, 0], [-5, 3, 0]])
+def test_a_member_beyond_its_file_is_not_read(folder, place):
+    path = index_path(folder / "shard-00000.tar")
+    index = json.loads(path.read_text())
+    index["places"][1][0] = place
+    path.write_text(json.dumps(index))
+    with pytest.raises(SampleError):
+        ShardSource(folder)[1]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"shards": [{}]}', '{"shards": 3}', '{"shards": [{"file": 3}]}'])
+def test_a_manifest_of_other_values_is_refused(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="an index in .* is damaged"):
+        ShardSource(folder)
+
+
 def test_unfinished_work_is_no_set(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="is not finished; run `unif2ace precompute` again"):

@@ -186,7 +186,7 @@ def _conversations(record: Mapping[str, Any], fields: FieldMap, where: str) -> t
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(where, f"conversations: not JSON ({error})") from error
     if not value:
         return ()

@@ -114,6 +114,9 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
     where = f"{path} at byte {offset}"
     try:
         file, parts, missing = _opened(path), [], size
+        early = offset + size - os.fstat(file.descriptor).st_size
+        if early > 0:  # before memory is set aside for what only an index claims
+            raise SampleError(where, f"the file ends {early} bytes early")
         while missing:
             part = os.pread(file.descriptor, missing, offset + size - missing)
             if not part:
