@@ -7,22 +7,25 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 # Of one picture. A file of a few kilobytes can claim a billion, which would be decoded into gigabytes.
 LARGEST_PIXELS = 64_000_000
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # JPEG reads MPO as well
 
 
 def decode(content: bytes) -> np.ndarray:
-    """A picture's file as [H, W, 3] uint8 RGB, turned as it says that it was held.
+    """A picture's file as [H, W, 3] uint8 RGB, turned as it says that it was held, transparent parts on white.
 
     Raises:
         ValueError: it is no picture, or has more than `LARGEST_PIXELS`; the message ends a sentence on the file.
     """
-    width, height = _size(content)
+    header = _header(content)
+    width, height = header.size
     if width * height > LARGEST_PIXELS:
         raise ValueError(f"is a picture of {width} x {height} pixels, more than {LARGEST_PIXELS}: give a smaller one")
+    if header.has_transparency_data:
+        return _on_white(header)
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
@@ -32,13 +35,23 @@ def decode(content: bytes) -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1])
 
 
-def _size(content: bytes) -> tuple[int, int]:
-    """Width and height as the header says."""
+def _header(content: bytes) -> Image.Image:
+    """The picture, not decoded yet."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            return Image.open(io.BytesIO(content), formats=_FORMATS).size
+            return Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"is a picture of more than {LARGEST_PIXELS} pixels: give a smaller one") from error
     except Exception as error:  # each format's reader has its own errors for a damaged header
         raise ValueError("is not a picture that can be read: give a PNG or JPEG file") from error
+
+
+def _on_white(picture: Image.Image) -> np.ndarray:
+    """A picture with transparent parts as a page shows it: OpenCV would show what lies hidden under them."""
+    try:
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    except Exception as error:  # as above, for damaged pixels
+        raise ValueError("is not a picture that can be read: give a PNG or JPEG file") from error
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

@@ -77,6 +77,15 @@ def test_one_face_cut_from_a_sheet_carries_it():
     assert watermark.detect(marked[:, 64:192]).found
 
 
+def test_hard_edges_do_not_drown_the_mark():
+    """A quarter of black and white dots in a calm picture: its large coefficients count no more than any others."""
+    rng = np.random.default_rng(0)
+    image = np.full((64, 64, 3), 120, np.uint8)
+    image[:32, :32] = 255 * rng.integers(0, 2, (32, 32, 1), dtype=np.uint8)
+    marked = watermark.mark(image)
+    assert watermark.detect(jpeg(marked, 90)).found and np.abs(marked[32:].astype(int) - 120).mean() < 3
+
+
 def test_the_mark_is_weaker_where_a_picture_is_larger():
     """The weakest that suffices: a large picture repeats the pattern."""
     (small,), (large,) = pictures(1, 64), pictures(1, 512)
