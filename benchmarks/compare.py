@@ -1,63 +1,133 @@
-"""What got slower between two result files, beyond their own noise.
+"""What got slower between two sets of results of one device, beyond their own noise.
 
-    python -m benchmarks.compare OLD.jsonl NEW.jsonl
+    python -m benchmarks.compare OLD NEW [--margin 1.05]
 
-Ours is compared with ours at the same case on the same device; slower means that the quartile ranges do not overlap
-and that the median grew by more than a twentieth. The exit status is 1 if something did.
+OLD and NEW are result files or folders of them. Ours is compared with ours, case by case. A case is slower, or faster,
+where three things agree: the quartile ranges do not overlap; the median moved by more than the margin; and it moved so
+beside the other contenders of the case, which tell what the machine did meanwhile (where both runs had the same torch).
+On a GPU more memory and more launches are told as well: they have no noise. The exit status is 1 if something got worse
+or a case is gone or broken, and 2 if the results are of different devices.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .case import OURS
 from .results import naming
 
 MARGIN = 1.05
-_KEY = ("op", "shape", "mode", "dtype", "device_name", "threads")
+_CASE = ("op", "shape", "dtype", "mode")
+_DEVICE = ("device_name", "threads")
+Cases = dict[tuple[str, ...], dict[str, dict]]  # case -> contender -> record
 
 
-def load(path: Path) -> dict[tuple, dict]:
-    """Ours of every case in a result file; a later line of the same case replaces an earlier one.
+def load(path: Path) -> Cases:
+    """Every case of a file or of a folder's files; a later line replaces an earlier one of the same contender.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: a file is damaged.
     """
-    with naming(path):
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {
-            tuple(record[key] for key in _KEY): record
-            for record in records
-            if record["contender"] == OURS and "median_ms" in record
-        }
+    found: Cases = {}
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        with naming(file):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                if "shape" in record:
+                    found.setdefault(tuple(record[key] for key in _CASE), {})[record["contender"]] = record
+    return {case: contenders for case, contenders in found.items() if OURS in contenders}
 
 
-def slower(old: dict[tuple, dict], new: dict[tuple, dict]) -> list[str]:
-    """A sentence for each case of both files that got slower."""
-    found = []
-    for key in old.keys() & new.keys():
-        before, after = old[key], new[key]
-        clear = after["quartiles_ms"][0] > before["quartiles_ms"][1]
-        if clear and after["median_ms"] > MARGIN * before["median_ms"]:
-            name = " ".join(map(str, key[:4]))
-            found.append(f"{name}: {before['median_ms']:.3f} -> {after['median_ms']:.3f} ms")
-    return sorted(found)
+def devices(cases: Cases) -> set[tuple]:
+    return {tuple(contenders[OURS][key] for key in _DEVICE) for contenders in cases.values()}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Sentences of what changed, a list a kind; `gone`: cases that the new results lack or that broke in them."""
+
+    slower: list[str] = field(default_factory=list)
+    faster: list[str] = field(default_factory=list)
+    larger: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+
+    @property
+    def worse(self) -> bool:
+        return bool(self.slower or self.larger or self.gone)
+
+
+def drift(before: dict[str, dict], after: dict[str, dict]) -> float | None:
+    """How much slower the machine was, by the median over the case's other contenders; None where nothing tells."""
+    if before[OURS]["versions"]["torch"] != after[OURS]["versions"]["torch"]:
+        return None
+    ratios = [
+        after[name]["median_ms"] / before[name]["median_ms"]
+        for name in before.keys() & after.keys()
+        if not name.startswith(OURS) and "median_ms" in before[name] and "median_ms" in after[name]
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+def moved(before: dict[str, dict], after: dict[str, dict], margin: float) -> int:
+    """1 if ours got slower beyond noise, -1 if faster, else 0."""
+    old, new = before[OURS], after[OURS]
+    ratio = new["median_ms"] / old["median_ms"]
+    beside = ratio / (drift(before, after) or 1.0)
+    if new["quartiles_ms"][0] > old["quartiles_ms"][1] and min(ratio, beside) > margin:
+        return 1
+    return -1 if new["quartiles_ms"][1] < old["quartiles_ms"][0] and max(ratio, beside) < 1 / margin else 0
+
+
+def compare(old: Cases, new: Cases, margin: float = MARGIN) -> Changes:
+    """What changed for ours, from `old` to `new`."""
+    changes = Changes()
+    for case in sorted(old.keys() | new.keys()):
+        name = " ".join(case)
+        if "median_ms" not in old.get(case, {}).get(OURS, {}):
+            changes.new.extend([name] if case in new else [])
+            continue
+        if "median_ms" not in new.get(case, {}).get(OURS, {}):
+            why = new[case][OURS].get("status", "not timed") if case in new else "missing"
+            changes.gone.append(f"{name}: {why}")
+            continue
+        before, after = old[case][OURS], new[case][OURS]
+        times = f"{name}: {before['median_ms']:.3f} -> {after['median_ms']:.3f} ms"
+        {1: changes.slower, -1: changes.faster, 0: []}[moved(old[case], new[case], margin)].append(times)
+        if after.get("device") == "cuda":
+            for key, unit in (
+                ("peak_bytes", "bytes at most"),
+                ("saved_bytes", "bytes saved"),
+                ("launches", "launches"),
+            ):
+                if key in before and key in after and after[key] > margin * before[key]:
+                    changes.larger.append(f"{name}: {before[key]:,} -> {after[key]:,} {unit}")
+    return changes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument("--margin", type=float, default=MARGIN, help="a smaller change of the median is none")
     options = parser.parse_args(arguments)
     old, new = load(options.old), load(options.new)
-    found = slower(old, new)
-    print(f"{len(old.keys() & new.keys())} cases in both, {len(found)} slower")
-    print("\n".join(found), end="\n" if found else "")
-    return 1 if found else 0
+    if not old or not new:
+        parser.error(f"no results of ours in {options.new if old else options.old}")
+    if devices(old) != devices(new):
+        parser.error(f"results of different devices: {sorted(devices(old))} and {sorted(devices(new))}")
+    found = compare(old, new, options.margin)
+    print(f"{len(old.keys() & new.keys())} cases in both")
+    for kind in ("slower", "faster", "larger", "gone", "new"):
+        each = getattr(found, kind)
+        print(f"{len(each)} {kind}" + "".join(f"\n  {line}" for line in each))
+    return 1 if found.worse else 0
 
 
 if __name__ == "__main__":

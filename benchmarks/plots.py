@@ -252,6 +252,6 @@ def draw(name: str, device: Device, path: Path, comment: str) -> None:
     """Write a picture as SVG that ends with `comment`, the same bytes for the same figures."""
     with matplotlib.rc_context(STYLE):
         figure = DRAWN[name](device)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, format="svg", metadata={"Date": None})
     lines = [line.rstrip() for line in path.read_text().splitlines()]
     path.write_text("\n".join([*lines, comment]) + "\n")

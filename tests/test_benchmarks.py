@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, run
+from benchmarks import compare, measure, run
 from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error_against, relative_error, truth_of
 from benchmarks.cases import CASES
-from benchmarks.measure import Spread, interleaved, peak_bytes, rotated
+from benchmarks.environment import ROOT
+from benchmarks.measure import Spread, counted, interleaved, peak_bytes, rotated, saved_bytes
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 2, 64)
@@ -188,6 +190,58 @@ def test_peak_memory_counts_what_a_call_frees_again() -> None:
     assert 2 * n - (1 << 20) <= peak < 3 * n  # proc(5): the kernel keeps these counts inexact, to scale
 
 
+def test_saved_memory_is_what_autograd_keeps_beside_the_inputs() -> None:
+    x, w = torch.randn(1000, requires_grad=True), torch.randn(10, 1000, requires_grad=True)
+
+    def step(depth: int):
+        def run():
+            y = x * w[2:4].sum(0)  # saves x, and the sum that is made here
+            for _ in range(depth):
+                y = y.exp()  # saves what it gives
+            return torch.autograd.grad(y.sum(), [x, w])
+
+        return run
+
+    assert saved_bytes(step(0)) == 4000
+    assert saved_bytes(step(3)) == 16000
+
+
+def test_counted_work_grows_with_work() -> None:
+    x, y = torch.randn(64, 64), torch.randn(128, 64)
+    once, twice = counted(lambda: x + x), counted(lambda: (x + x) + x)
+    assert once["allocated"] == 64 * 64 * 4 and twice["allocated"] == 2 * once["allocated"]
+    assert 0 < once["calls"] < twice["calls"]
+    assert counted(lambda: y + y)["allocated"] == 2 * once["allocated"]
+
+
+def test_slow_contenders_take_part_in_the_first_rounds_only(monkeypatch) -> None:
+    clock = {"fast": 0.5, "slow": 2.0, "slowest": 9.0}
+    monkeypatch.setattr("benchmarks.measure._cpu_sample", lambda run, inner: clock[run()])
+    contenders = {name: (lambda name=name: name) for name in clock}
+    samples = interleaved(contenders, CPU, seconds=4.5, known={"slowest": 9.0})
+    assert {name: len(each) for name, each in samples.items()} == {"fast": 9, "slow": 5, "slowest": 3}
+    alone = interleaved({"slowest": contenders["slowest"]}, CPU, seconds=0)
+    assert len(alone["slowest"]) == 3
+
+
+def test_ceilings_are_looked_at_again_and_only_rise(monkeypatch) -> None:
+    now, rates = [0.0], iter([2.0, 1.0, 5.0])
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(measure, "_BEST", {})
+    seen = []
+    for moment in (0.0, 1.0, 100.0, 101.0, 200.0):
+        now[0] = moment
+        seen.append(measure._ceiling(("copy", "toy"), lambda: next(rates)))
+    assert seen == [2.0, 2.0, 2.0, 2.0, 5.0]
+
+
+def test_micro_cases_run_without_being_timed() -> None:
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks/micro.py", "--benchmark-disable", "-k", "gumbel"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr  # 5 would be: no test of that name
+
+
 def test_registry_is_complete_and_unambiguous() -> None:
     names = [(case.name, case.smoke) for case in CASES]
     assert len(set(names)) == len(names)
@@ -217,21 +271,68 @@ def test_unknown_selection_and_missing_device_are_errors(capsys) -> None:
     assert "no case matches" in capsys.readouterr().err
 
 
-def line(median: float, spread: float, **other) -> str:
+def line(median: float, spread: float = 0.1, **other) -> str:
     record = {"op": "toy", "shape": "s", "mode": FORWARD, "dtype": "float32", "device_name": "d", "threads": 1}
     record |= {"contender": "ours", "median_ms": median, "quartiles_ms": [median - spread, median + spread]}
-    return json.dumps({**record, **other})
+    return json.dumps({**record, "versions": {"torch": "1"}, "device": "cpu", **other})
+
+
+def compared(tmp_path: Path, old: list[str], new: list[str]) -> int:
+    for name, lines in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return compare.main([str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl")])
 
 
 @pytest.mark.parametrize(
-    ("after", "spread", "status"), [(12.0, 0.1, 1), (12.0, 3.0, 0), (10.3, 0.1, 0), (8.0, 0.1, 0)],
-    ids=["slower", "noise", "small", "faster"],
-)  # fmt: skip
-def test_compare_names_what_is_slower_beyond_noise(tmp_path: Path, capsys, after, spread, status) -> None:
-    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
-    old.write_text("\n".join([line(10.0, 0.1), line(1.0, 0.1, contender="other"), line(1.0, 0.1, shape="gone")]))
-    new.write_text("\n".join([line(after, spread), line(9.0, 0.1, contender="other")]))
-    assert compare.main([str(old), str(new)]) == status
+    ("after", "spread", "kind"),
+    [(12.0, 0.1, "slower"), (12.0, 3.0, None), (10.3, 0.1, None), (8.0, 0.1, "faster"), (8.0, 3.0, None)],
+    ids=["slower", "noise", "small", "faster", "noise down"],
+)
+def test_compare_names_what_moved_beyond_noise(tmp_path: Path, capsys, after, spread, kind) -> None:
+    assert compared(tmp_path, [line(10.0)], [line(after, spread)]) == (kind == "slower")
     said = capsys.readouterr().out
-    assert said.startswith(f"1 cases in both, {status} slower")
-    assert ("toy s forward float32: 10.000 -> 12.000 ms" in said) == bool(status)
+    for each in ("slower", "faster"):
+        assert f"{int(each == kind)} {each}" in said
+    assert (f"toy s float32 forward: 10.000 -> {after:.3f} ms" in said) == (kind is not None)
+
+
+@pytest.mark.parametrize(
+    ("peer", "torch_after", "status"), [(12.0, "1", 0), (10.0, "1", 1), (12.0, "2", 1)],
+    ids=["the machine was slower", "ours alone", "another torch tells nothing"],
+)  # fmt: skip
+def test_compare_asks_the_others_what_the_machine_did(tmp_path: Path, peer, torch_after, status) -> None:
+    old = [line(10.0), line(10.0, contender="other"), line(9.0, contender="ours in torch")]
+    version = {"versions": {"torch": torch_after}}
+    new = [line(12.0, **version), line(peer, contender="other", **version), line(10.8, contender="ours in torch")]
+    assert compared(tmp_path, old, new) == status
+
+
+def test_compare_names_cases_that_are_gone_broken_or_new(tmp_path: Path, capsys) -> None:
+    broken = json.loads(line(1.0, shape="broken"))
+    del broken["median_ms"]
+    old = [line(1.0), line(1.0, shape="gone"), line(1.0, shape="broken")]
+    new = [line(1.0), json.dumps({**broken, "status": "wrong"}), line(1.0, shape="born")]
+    assert compared(tmp_path, old, new) == 1
+    said = capsys.readouterr().out
+    assert "2 gone\n  toy broken float32 forward: wrong\n  toy gone float32 forward: missing" in said
+    assert "1 new\n  toy born float32 forward" in said
+    assert compared(tmp_path, new, new) == 0
+
+
+def test_compare_tells_memory_and_launches_on_a_gpu_only(tmp_path: Path, capsys) -> None:
+    small, large = {"peak_bytes": 1000, "launches": 4}, {"peak_bytes": 2000, "launches": 5}
+    for device, found in (("cuda", 2), ("cpu", 0)):
+        old, new = ([line(1.0, device=device, **each)] for each in (small, large))
+        assert compared(tmp_path, old, new) == (found > 0)
+        assert f"{found} larger" in capsys.readouterr().out
+
+
+def test_compare_refuses_other_devices_and_empty_files(tmp_path: Path, capsys) -> None:
+    for old, new, said in (
+        ([line(1.0)], [line(1.0, device_name="e")], "different devices"),
+        ([line(1.0)], [line(1.0, threads=2)], "different devices"),
+        ([line(1.0)], [line(1.0, contender="other")], "no results of ours in"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            compared(tmp_path, old, new)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
