@@ -1,5 +1,6 @@
 """The cache of features: computed once, whole or not there, mended when damaged, shared by processes, silent."""
 
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -80,7 +81,7 @@ def test_shape_pixels_and_fingerprint_tell_entries_apart(tmp_path):
     assert len(set(paths)) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "longer"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "longer", "of another size"])
 def test_a_damaged_entry_is_computed_again_and_said(tmp_path, damage):
     toy, images = Toy(), pictures(3)
     cache = FeatureCache(tmp_path)
@@ -88,7 +89,9 @@ def test_a_damaged_entry_is_computed_again_and_said(tmp_path, damage):
     path = cache.path(toy, images[1])
     content = bytearray(path.read_bytes())
     content[-3] ^= 16 if damage == "flipped" else 0
-    path.write_bytes({"cut": content[:-4], "empty": b"", "flipped": content, "longer": content + b"\0"}[damage])
+    other = hashlib.sha256(content[32:-4]).digest() + content[32:-4]
+    kinds = {"cut": content[:-4], "empty": b"", "flipped": content, "longer": content + b"\0", "of another size": other}
+    path.write_bytes(kinds[damage])
     with pytest.warns(RuntimeWarning, match="is damaged: computed again") as warned:
         again = cache(toy, images)
     assert len(warned) == 1 and str(path) in str(warned[0].message)
