@@ -5,8 +5,9 @@
     loss      logits of every position over the whole vocabulary and `F.cross_entropy` (Show-o), or of the labelled
               rows alone over the columns that they need (what a careful user writes): `LOSSES`
     routers   masked softmax, top-k; the sequence-level mixture a sum of products
+    attention `F.scaled_dot_product_attention` under the bool mask, with the kernel that torch chooses; or left as it is
 
-Everything else of the model is left as it is, so what differs in a run is what the package's kernels do.
+Everything else of the model is left as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unif2ace.model import attention as model_attention
 from unif2ace_kernels import d3diff, moe
 
 IGNORE = -100
@@ -29,8 +31,8 @@ LOSSES = (FULL, LABELLED)
 
 
 @contextlib.contextmanager
-def plain_ops(experts: str = GROUPED, loss: str = FULL) -> Iterator[None]:
-    """Inside, the model runs on the functions of this file."""
+def plain_ops(experts: str = GROUPED, loss: str = FULL, attention: bool = True) -> Iterator[None]:
+    """Inside, the model runs on the functions of this file; on its own attention unless `attention`."""
     chosen = {LOOP: loop_experts, GROUPED: grouped_experts}[experts]
 
     def layer(self: moe.GroupedMoE, x: Tensor, group_ids: Tensor) -> tuple[Tensor, moe.Routing]:
@@ -54,6 +56,7 @@ def plain_ops(experts: str = GROUPED, loss: str = FULL) -> Iterator[None]:
         mock.patch.object(moe, "route", route),
         mock.patch.object(moe, "mix", mix),
         mock.patch.object(d3diff, "joint_loss", head),
+        mock.patch.object(model_attention, "_sdpa", torch_attention) if attention else contextlib.nullcontext(),
     ):
         yield
 
@@ -113,6 +116,11 @@ def grouped_experts(x, expert, weight, w_in, b_in, w_out, b_out):
     out = F.grouped_mm(F.gelu(h, approximate="tanh"), w_out, offs=ends) + b_out[by_row]
     out = out * weight.flatten()[order, None].to(dtype)
     return out[order.argsort()].view(-1, slots, x.shape[1]).sum(1)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as torch has it."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def mix(x: Tensor, coef: Tensor, injected: Tensor) -> Tensor:

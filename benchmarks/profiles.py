@@ -7,8 +7,9 @@ Contenders of a training step (forward, backward, AdamW):
 
     ours
     plain      the model as people write it today: its experts by a loop or by grouped products, whichever is faster
-               here; float32 logits of every row over the vocabulary, `F.cross_entropy` (`benchmarks.plain`)
-    careful    likewise, but logits of the labelled rows alone, over the columns that they need
+               here; float32 logits of every row over the vocabulary, `F.cross_entropy`; torch's choice of attention
+               (`benchmarks.plain`)
+    careful    likewise, but logits of the labelled rows alone, over the columns that they need, and our attention
 
 and of a generation: ours, and Show-o's published loop on the plain model. Losses and gradients are compared before
 anything is timed. Whole steps are timed without a profiler, in turns; the parts come from one profiled call each.
@@ -41,6 +42,7 @@ from .parts import OTHER, Places, model_parts, shares
 OURS, PLAIN, CAREFUL, SHOWO = "ours", "plain", "careful", "Show-o's loop, plain"
 CPU = torch.device("cpu")
 DRAW: list[tuple[object, str]] = [(Loops, "choose"), (sampler, "sample_from_hidden"), (sampler, "remask")]
+MAX_ROUNDS = 15
 TOLERANCE = 1e-4  # of loss and gradients in float32
 
 
@@ -63,19 +65,19 @@ class Size:
     steps: int
 
 
-def _showo(hidden: int, layers: int, width: int) -> UniF2aceConfig:
-    """Base, narrower and less deep: Show-o's vocabulary, 129 text slots, 256 image tokens."""
+def _showo(hidden: int, layers: int, width: int, text: int) -> UniF2aceConfig:
+    """Base, narrower and less deep: 129 text slots, 256 image tokens of 8,192 codes."""
     experts = TokenMoEConfig(experts=(4, 4), top_k=2, width=width, shared_width=0, dense=True)
     return UniF2aceConfig.base(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, intermediate_size=4 * hidden,
-        token_moe=experts,
+        token_moe=experts, vocabulary=VocabularyConfig(text=text),
     )  # fmt: skip
 
 
 SIZES = [
     Size("tiny", UniF2aceConfig.tiny(VocabularyConfig(text=404, codes=1024)), 24, 20, 20, 20, 16, 16),
-    Size("medium 512", _showo(512, 6, 96), 3, 2, 27, 60, 2, 8),
-    Size("medium 768", _showo(768, 6, 144), 3, 2, 27, 60, 1, 8),
+    Size("medium 512", _showo(512, 4, 96, 8000), 1, 1, 27, 60, 1, 6),
+    Size("medium 768", _showo(768, 4, 144, 50295), 1, 1, 27, 60, 1, 4),
 ]
 
 
@@ -109,10 +111,10 @@ class Step:
 
 
 def on_plain(run: Callable[[], Any], experts: str, loss: str) -> Callable[[], Any]:
-    """`run` with the ops of `benchmarks.plain`."""
+    """`run` with the ops of `benchmarks.plain`; with its attention too where the loss is Show-o's."""
 
     def inside() -> Any:
-        with plain.plain_ops(experts, loss):
+        with plain.plain_ops(experts, loss, attention=loss == plain.FULL):
             return run()
 
     return inside
@@ -179,7 +181,7 @@ def _records(
 ) -> list[dict[str, Any]]:
     for run in contenders.values():
         run()
-    samples = interleaved(contenders, CPU, seconds)
+    samples = interleaved(contenders, CPU, seconds, MAX_ROUNDS)
     records = []
     for name, run in contenders.items():
         took = Spread.of(samples[name])
