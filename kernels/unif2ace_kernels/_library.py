@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Implementation:
 
     name: str
     devices: tuple[str, ...]
-    function: Callable | None
+    function: Callable[..., Any] | None
     missing: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
 
@@ -79,10 +80,10 @@ def register(
     schema: str,
     *,
     implementations: Sequence[Implementation],
-    fake: Callable,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
-) -> Callable:
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Define an op, install its implementations, its fake and (with `backward`) its autograd formula.
 
     Args:
@@ -107,7 +108,8 @@ def register(
         torch.library.register_autograd(
             add_op_namespace_prefix(name), backward, setup_context=setup_context, lib=_LIBRARY
         )
-    return getattr(ops, name).default
+    op: Callable[..., Any] = getattr(ops, name).default
+    return op
 
 
 def runnable(op: str, device: str) -> tuple[Implementation, ...]:
@@ -115,13 +117,13 @@ def runnable(op: str, device: str) -> tuple[Implementation, ...]:
     return tuple(each for each in _IMPLEMENTATIONS[op] if device in each.devices and each.missing is None)
 
 
-def _by_dtype(op: str, usable: Sequence[Implementation]) -> Callable:
+def _by_dtype(op: str, usable: Sequence[Implementation]) -> Callable[..., Any]:
     """The first of `usable` that takes the call's dtypes."""
 
-    def call(*arguments, **keywords):
+    def call(*arguments: Any, **keywords: Any) -> Any:
         tensors = (*arguments, *keywords.values())
         for each in usable:
-            if each.refusal(tensors) is None:
+            if each.function is not None and each.refusal(tensors) is None:
                 return each.function(*arguments, **keywords)
         raise ValueError(f"{op}: " + "; ".join(f"{each.name} {each.refusal(tensors)}" for each in usable))
 
@@ -234,4 +236,5 @@ def build_information() -> dict[str, str]:
     """
     from ._C import build_information as recorded
 
-    return recorded()
+    information: dict[str, str] = recorded()
+    return information

@@ -12,8 +12,10 @@ first: views, no copy, and gradients are made in the same layout. Under autocast
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from .moe import arrange, experts
@@ -25,7 +27,7 @@ _PLAIN = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "G
 _GATED = {"silu": "swiglu", "gelu_tanh": "geglu"}
 
 
-def activation_of(module: nn.Module) -> str:
+def activation_of(module: Any) -> str:
     """The `activation` of `moe.experts` that an experts module of transformers computes.
 
     Raises:
@@ -50,11 +52,11 @@ def activation_of(module: nn.Module) -> str:
     )
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of a transformers module on our op, in the signature of transformers' ExpertsInterface.
 
     Args:
-        self: a module under transformers' use_experts_implementation.
+        self: an nn.Module under transformers' use_experts_implementation.
         hidden_states: [T, D]. top_k_index: [T, K] int; top_k_weights: [T, K] float.
 
     Returns:

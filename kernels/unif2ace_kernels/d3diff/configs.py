@@ -91,7 +91,7 @@ NOISE_LENGTH = 4096  # the longest row whose words a program holds in registers;
 
 def row_block(columns: int) -> int:
     """Columns of a row that a program takes at a time: all, or ROW_BLOCK."""
-    return min(ROW_BLOCK, triton.next_power_of_2(columns))
+    return min(ROW_BLOCK, int(triton.next_power_of_2(columns)))
 
 
 def noise_warps(block: int) -> int:

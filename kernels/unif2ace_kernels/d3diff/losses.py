@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,7 +79,8 @@ def noise(
     expect_tensor(mask_prob, "mask_prob", shape=(tokens.shape[0],), dtypes=_FLOATS, device_of=("tokens", tokens))
     if _may_look(mask_prob, check_values):
         _expect_probabilities(mask_prob)
-    return noise_op(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row)
+    noised, mask = noise_op(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row)
+    return noised, mask
 
 
 def loss(
@@ -93,7 +94,7 @@ def loss(
     objective: Objective | None = None,
     ignore_index: int = -100,
     check_values: bool | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[torch.Tensor, LossStats]:
     """The D3Diff loss of the last hidden states, ce_coef * CE + alpha * score entropy, and its statistics.
 
@@ -146,7 +147,7 @@ def loss_from_logits(
     objective: Objective | None = None,
     ignore_index: int = -100,
     check_values: bool | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[torch.Tensor, LossStats]:
     """`loss` for those who have the logits of the whole vocabulary, [T, V] or [B, N, V]; otherwise as `loss`."""
     objective = _objective(objective, options)
@@ -227,7 +228,7 @@ def joint_loss(
     text_coef: float = 1.0,
     ignore_index: int = -100,
     check_values: bool | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[torch.Tensor, JointStats]:
     """Both tasks in one pass of the head: image_coef * `loss` of image rows + text_coef * `next_token_loss` of others.
 
@@ -349,7 +350,7 @@ def _stats(
     return LossStats(ce.sum() * share, score.to(ce.dtype), constant, lse.sum() * share, rows.number, hit.sum() * share)
 
 
-def _objective(objective: Objective | None, options: dict) -> Objective:
+def _objective(objective: Objective | None, options: dict[str, Any]) -> Objective:
     if objective is None:
         return Objective(**options)
     expect(not options, "objective", "no keywords of its fields beside it", ", ".join(options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -14,7 +15,7 @@ from .noise import noise_torch
 from .rows_torch import accumulation_dtype, rows_torch
 
 
-def _noise_fake(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row):
+def _noise_fake(tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.bool)
 
 
@@ -41,15 +42,19 @@ register(
 
 
 def _head_fake(
-    hidden, weight, bias, targets, group, ce_weight, penalty_weight, shift, mass_weight,
-    starts, ends, codes, ignore_index, compute_dtype, grad_hidden, grad_weight, grad_bias,
-):  # fmt: skip
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+    group: torch.Tensor | None, *more: Any,
+) -> HeadOutputs:  # fmt: skip
+    *_, starts, ends, _codes, _ignore_index, compute_dtype, grad_hidden, grad_weight, grad_bias = more
     dtype = accumulation_dtype(compute_dtype)
+    ce, lse, mass = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
     rows, features = hidden.shape
     columns = max(ends) - min(starts)
     return HeadOutputs(
         hidden.new_empty((), dtype=dtype),
-        *(hidden.new_empty(rows, dtype=dtype) for _ in range(3)),
+        ce,
+        lse,
+        mass,
         hidden.new_empty(rows, dtype=torch.bool),
         hidden.new_empty(hidden.shape) if grad_hidden else hidden.new_empty(0),
         weight.new_empty((columns, features) if grad_weight else 0),
@@ -57,7 +62,7 @@ def _head_fake(
     )
 
 
-def _head_setup_context(ctx, inputs, output):
+def _head_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     weight, starts = inputs[1], inputs[9]
     # Without this, backward would be handed zeros for every output: as much memory and traffic as the gradients.
     ctx.set_materialize_grads(False)
@@ -67,7 +72,7 @@ def _head_setup_context(ctx, inputs, output):
     ctx.asked = inputs[-3:]
 
 
-def _head_backward(ctx, grad_loss, *_):
+def _head_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     asked = ctx.asked
     if grad_loss is None:
         return (None,) * 17
@@ -93,7 +98,7 @@ head_op = register(
 )
 
 
-def _no_second_derivative(ctx, *_):
+def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
     # Without this formula autograd would record what the backward does inside, and take saved terms for constants.
     raise RuntimeError("unif2ace::d3diff_head_backward and d3diff_logits_backward cannot be differentiated")
 
@@ -121,7 +126,10 @@ def _head_backward_torch(
     return grad_hidden * grad_loss, placed(grad_weight), placed(grad_bias)
 
 
-def _head_backward_fake(grad_loss, grad_hidden, grad_weight, grad_bias, vocabulary, first):
+def _head_backward_fake(
+    grad_loss: torch.Tensor, grad_hidden: torch.Tensor, grad_weight: torch.Tensor, grad_bias: torch.Tensor,
+    vocabulary: int, first: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     def placed(gradient: torch.Tensor) -> torch.Tensor:
         size: Sequence[int] = (0,) if gradient.numel() == 0 else (vocabulary, *gradient.shape[1:])
         return gradient.new_empty(size)
@@ -142,15 +150,13 @@ head_backward_op = register(
 )
 
 
-def _logits_fake(
-    logits, targets, ce_weight, penalty_weight, shift, mass_weight, start, end, codes, ignore_index
-):  # fmt: skip
+def _logits_fake(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     rows, dtype = logits.shape[0], accumulation_dtype(logits.dtype)
     floats = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
     return logits.new_empty((), dtype=dtype), *floats, logits.new_empty(rows, dtype=torch.bool)
 
 
-def _logits_setup_context(ctx, inputs, output):
+def _logits_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits, targets, *weights = inputs[:6]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -158,7 +164,7 @@ def _logits_setup_context(ctx, inputs, output):
     ctx.integers = inputs[6:]
 
 
-def _logits_backward(ctx, grad_loss, *_):
+def _logits_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 10
     return logits_backward_op(grad_loss, *ctx.saved_tensors, *ctx.integers), *(None,) * 9

@@ -19,10 +19,12 @@ def _pointwise(h: Tensor, activation: str) -> Tensor:
 
 def _pointwise_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
     if activation in _APPROXIMATE:
-        return torch.ops.aten.gelu_backward(grad, h, approximate=_APPROXIMATE[activation])
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, h, 0)
-    return torch.ops.aten.silu_backward(grad, h)
+        out: Tensor = torch.ops.aten.gelu_backward(grad, h, approximate=_APPROXIMATE[activation])
+    elif activation == "relu":
+        out = torch.ops.aten.threshold_backward(grad, h, 0)
+    else:
+        out = torch.ops.aten.silu_backward(grad, h)
+    return out
 
 
 def forward(h: Tensor, activation: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,7 @@ class GroupedMoE(nn.Module):
         *,
         expert_width: int,
         experts_per_group: int | Sequence[int],
-        **options,
+        **options: Any,
     ) -> GroupedMoE:
         """A mixture that computes exactly the function of a dense feed-forward layer, to train on from there.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _torch(function) -> tuple[Implementation, ...]:
+def _torch(function: Callable[..., Any]) -> tuple[Implementation, ...]:
     return (Implementation("torch", ("cpu", "cuda"), function),)
 
 
-def _once_differentiable(op: str):
+def _once_differentiable(op: str) -> Callable[..., NoReturn]:
     """The autograd formula of a backward op: says that there is none, where silence would give a wrong number."""
 
-    def refuse(ctx, *_):
+    def refuse(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(f"unif2ace::{op} cannot be differentiated")
 
     return refuse
@@ -70,8 +70,8 @@ class Routing(NamedTuple):
 
 
 def _route_fake(
-    logits, group_ids, group_sizes, top_k, shared, balance_coef, normalize, scoring, selection_bias, z_coef
-):
+    logits: Tensor, group_ids: Tensor, group_sizes: Sequence[int], top_k: int, shared: int, *_: Any
+) -> tuple[Tensor, ...]:
     tokens, routed, slots = logits.shape[0], sum(group_sizes), top_k + shared
     experts_total = routed + shared * len(group_sizes)
     statistics = logits.new_empty(routed, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -83,7 +83,7 @@ def _route_fake(
     )  # fmt: skip
 
 
-def _route_setup(ctx, inputs, output):
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, group_ids, ctx.group_sizes, ctx.top_k, _, ctx.balance_coef, ctx.normalize, ctx.scoring, _, ctx.z_coef = (
         inputs
     )
@@ -93,7 +93,8 @@ def _route_setup(ctx, inputs, output):
     ctx.save_for_backward(logits, group_ids, expert, counts)
 
 
-def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency, probability, balance_loss, z_loss):
+def _route_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    weight, _, _, _, _, _, probability, balance_loss, z_loss = grads  # of the outputs in order
     grad_logits = _route_backward(
         weight, probability, balance_loss, z_loss, *ctx.saved_tensors,
         ctx.group_sizes, ctx.top_k, ctx.balance_coef, ctx.normalize, ctx.scoring, ctx.z_coef,
@@ -101,13 +102,13 @@ def _route_autograd(ctx, weight, _expert, _counts, _offsets, _order, _frequency,
     return grad_logits, *[None] * 9
 
 
-def _with_value_errors(native: Implementation, check: Callable) -> Implementation:
+def _with_value_errors(native: Implementation, check: Callable[..., None]) -> Implementation:
     """`native`, which can raise no ValueError, with that of `check`, the torch path's, for values out of range."""
     function = native.function
     if function is None:
         return native
 
-    def forward(*arguments):
+    def forward(*arguments: Any) -> Any:
         try:
             return function(*arguments)
         except RuntimeError:
@@ -255,24 +256,29 @@ def arrange(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
 # -------------------------------------------------------------------------------------------------------- experts
 
 
-def _experts_fake(x, weight, order, offsets, w_in, b_in, w_out, b_out, activation):
+def _experts_fake(
+    x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, w_in: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(order.shape[0], w_in.shape[2])
 
 
-def _experts_setup(ctx, inputs, output):
+def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, order, offsets, w_in, b_in, w_out, b_out, ctx.activation = inputs
     ctx.has_bias = b_in is not None, b_out is not None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight, order, offsets, w_in, w_out, b_out)
 
 
-def _experts_autograd(ctx, grad_y, _grad_h):
+def _experts_autograd(ctx: Any, grad_y: Tensor, _grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
     has_in, has_out = ctx.has_bias
     x, weight, w_in, b_in, w_out, b_out = _experts_backward(grad_y, *ctx.saved_tensors, has_in, ctx.activation)
     return x, weight, None, None, w_in, b_in if has_in else None, w_out, b_out if has_out else None, None
 
 
-def _experts_backward_fake(grad_y, x, h, weight, order, offsets, w_in, w_out, b_out, has_b_in, activation):
+def _experts_backward_fake(
+    grad_y: Tensor, x: Tensor, h: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, w_in: Tensor, w_out: Tensor,
+    b_out: Tensor | None, has_b_in: bool, activation: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     b_in = w_in.new_empty(w_in.shape[0] if has_b_in else 0, w_in.shape[2])
     b_out = w_out.new_empty(0 if b_out is None else w_out.shape[0], w_out.shape[2])
     grad_w_in, grad_w_out = experts_torch.empty_gradient(w_in), experts_torch.empty_gradient(w_out)
@@ -355,18 +361,20 @@ def experts(
         expect_tensor(b_in, "b_in", shape=[total, width], dtypes=dtypes, device_of=device_of)
     if b_out is not None:
         expect_tensor(b_out, "b_out", shape=[total, hidden], dtypes=dtypes, device_of=device_of)
-    return _experts(x, routing.weight, routing.order, routing.offsets, w_in, b_in, w_out, b_out, activation)[0]
+    y: Tensor = _experts(x, routing.weight, routing.order, routing.offsets, w_in, b_in, w_out, b_out, activation)[0]
+    return y
 
 
 # ------------------------------------------------------------------------------------------------------------ mix
 
 
-def _mix_setup(ctx, inputs, output):
+def _mix_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _mix_autograd(ctx, grad_y):
-    return _mix_backward(grad_y, *ctx.saved_tensors)
+def _mix_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, coef, injected = _mix_backward(grad_y, *ctx.saved_tensors)
+    return x, coef, injected
 
 
 _mix_backward = register(
@@ -414,4 +422,5 @@ def mix(x: Tensor, coef: Tensor, injected: Tensor) -> Tensor:
     batch, length, hidden = x.shape
     expect_tensor(injected, "injected", shape=[batch, "M", length, hidden], dtypes=(x.dtype,), device_of=("x", x))
     expect_tensor(coef, "coef", shape=[batch, 1 + injected.shape[1]], dtypes=_FLOATS, device_of=("x", x))
-    return _mix(x, coef, injected)
+    y: Tensor = _mix(x, coef, injected)
+    return y

@@ -5,13 +5,13 @@ T tokens, D hidden, E experts (routed, then shared), N_g routed experts and T_g 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,

@@ -59,4 +59,5 @@ def gumbel(
     expect(0 <= rows < 2**32, "rows", "an int in [0, 2**32)", rows)
     expect(0 <= columns < 2**32, "columns", "an int in [0, 2**32)", columns)
     expect_choice(stream, "stream", (TOKEN_STREAM, REMASK_STREAM, NOISE_STREAM))
-    return _gumbel(seed, offset, rows, columns, stream)
+    noise: torch.Tensor = _gumbel(seed, offset, rows, columns, stream)
+    return noise

@@ -7,6 +7,7 @@ rows share the call, so compaction and batch splits leave every bit as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -94,7 +95,7 @@ def draw(
 
 def _sample_rows(
     tiles_of: Callable[[Tensor], Iterable[tuple[Tensor, Tensor | None]]], ids: Tensor, unknown: Tensor, rows: Tensor,
-    seed: Tensor, offset: Tensor, first_code: int, compact: bool, draw_arguments: tuple,
+    seed: Tensor, offset: Tensor, first_code: int, compact: bool, draw_arguments: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw tile by tile; `tiles_of(index)` gives the logits of the code columns at the rows of `index`, in tiles."""
     if compact and ids.device.type == "cpu":

@@ -27,7 +27,9 @@ class StepGraph:
         ValueError: `advance` cannot be captured.
     """
 
-    def __init__(self, advance: Callable[[Tensor, Any, Any], tuple[Tensor, Tensor, Tensor]], ids: Tensor, run: Any):
+    def __init__(
+        self, advance: Callable[[Tensor, Any, Any], tuple[Tensor, Tensor, Tensor]], ids: Tensor, run: Any
+    ) -> None:
         self._ids = ids.clone()
         self._run = type(run)(*(each.clone() for each in run))
         self._step = torch.zeros((), dtype=torch.int64, device=ids.device)

@@ -6,6 +6,7 @@ None has a gradient: a draw is not differentiable, and sampling runs without one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,15 +27,17 @@ _DRAW = (
 )
 
 
-def _fake_sample_logits(cond, uncond, ids, *_):
+def _fake_sample_logits(cond: Tensor, uncond: Tensor | None, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(ids), torch.empty_like(ids, dtype=draw_torch.compute_dtype(cond.dtype))
 
 
-def _fake_sample_hidden(h_cond, h_uncond, weight, bias, ids, *_):
+def _fake_sample_hidden(
+    h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(ids), torch.empty_like(ids, dtype=draw_torch.compute_dtype(weight.dtype))
 
 
-def _fake_draw(cond, uncond, rows, *_):
+def _fake_draw(cond: Tensor, uncond: Tensor | None, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), cond.new_empty(rows.shape, dtype=draw_torch.compute_dtype(cond.dtype))
 
 
@@ -98,9 +101,10 @@ def _rows(rows: Tensor | None, like: Tensor, name: str) -> Tensor:
 
 
 def _draw_arguments(
-    ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence, width,
-    has_uncond, compact,
-):  # fmt: skip
+    ids: Tensor, mask_id: int, unknown: Tensor | None, rows: Tensor | None, seed: Tensor | int, offset: Tensor | int,
+    code_range: Sequence[int], guidance: float, temperature: float, top_k: int, top_p: float, confidence: str,
+    width: int, has_uncond: bool, compact: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Check what the two samplers share and flatten it to the op's arguments, from `ids` on."""
     expect_tensor(ids, "ids", dtypes=[torch.int64])
     first, stop = code_range
@@ -280,6 +284,7 @@ def remask(
     expect_tensor(count, "count", shape=confidence.shape[:1], dtypes=[torch.int64], device_of=device_of)
     rows = _rows(rows, confidence, "confidence").view(confidence.shape)
     seed, offset = word(seed, "seed", confidence.device), word(offset, "offset", confidence.device)
-    return _remask(
+    masked: Tensor = _remask(
         confidence.contiguous(), unknown.contiguous(), count.contiguous(), rows, seed, offset, temperature, ties
     )
+    return masked

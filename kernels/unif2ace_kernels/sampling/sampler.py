@@ -143,7 +143,9 @@ class MaskedDiffusionSampler:
     last_step: str = "finish"
     confidence_floor: str = "none"
     cuda_graph: bool = False
-    _graphs: dict[tuple, StepGraph] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _graphs: dict[tuple[torch.Size, torch.device], StepGraph] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         expect(isinstance(self.steps, int) and self.steps >= 1, "steps", "an int >= 1", repr(self.steps))
@@ -163,7 +165,9 @@ class MaskedDiffusionSampler:
         expect(0 <= temperature < math.inf, "remask_temperature", "a finite number >= 0", temperature)
 
     @classmethod
-    def showo(cls, step_fn: Callable[[Tensor, Any], Any], steps: int, mask_id: int, **fields) -> MaskedDiffusionSampler:
+    def showo(
+        cls, step_fn: Callable[[Tensor, Any], Any], steps: int, mask_id: int, **fields: Any
+    ) -> MaskedDiffusionSampler:
         """Show-o's public sampler, every quirk on: the same ids and masks at every step for the same random numbers.
 
         Its one trait that is left out is outside the sample: it edits the caller's ids in place.
