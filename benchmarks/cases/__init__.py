@@ -8,6 +8,6 @@ from . import d3diff, moe, random, sampling, scaling
 CASES: list[Case] = [*moe.CASES, *d3diff.CASES, *sampling.CASES, *random.CASES, *scaling.CASES]
 
 if importlib.util.find_spec("transformers") is not None:
-    from . import data, generation, model
+    from . import data, generation, model, transformers_experts
 
-    CASES += [*model.CASES, *generation.CASES, *data.CASES]
+    CASES += [*model.CASES, *generation.CASES, *data.CASES, *transformers_experts.CASES]
