@@ -147,6 +147,8 @@ def test_a_step_hangs_on_config_and_step_alone(stream):
     assert torch.equal(before, torch.get_rng_state()), "the run's own random numbers are left alone"
     other = take(stream({"seed": 6}), 5)
     assert all(a.keys != b.keys for a, b in zip(expected, other))
+    times = {tuple(step.batches[0].mask_prob.tolist()) for step in expected}
+    assert len(times) == 5, "each step has times of its own"
 
 
 def test_resumed_it_is_bitwise_the_same(stream):
@@ -369,6 +371,15 @@ def test_plain_text_is_read_once_an_epoch(text, model, tmp_path):
     assert batch.task.tolist() == [1] * 4 and batch.image_start.tolist() == [-1] * 4 and batch.input_ids.shape[1] == 16
     again = Stream(data, model, text)
     assert again.walks["lm"].sets[0][0].path == tokens.path and len(list(tmp_path.glob("*.tokens"))) == 1
+
+
+def test_other_text_in_the_same_file_is_tokenised_anew(text, model, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    data = sets.config(SetConfig(str(path), tasks=("lm",)), mix=MixConfig(0, 0, 1))
+    for words in ("some words that are long enough", "other words that are long enough"):
+        path.write_text(json.dumps({"text": words}))
+        (batch,) = Stream(data, model, text).make(0).batches
+        assert text.decode(batch.input_ids[0].tolist()) == words
 
 
 def test_text_that_cannot_be_read_is_counted_once_and_for_all(text, model, tmp_path):
