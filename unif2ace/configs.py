@@ -132,6 +132,7 @@ class LossConfig:
     lm: float = 0.1
 
 
+LARGEST_DEPTH = 1000
 NESTED: dict[str, type] = {
     "vocabulary": VocabularyConfig,
     "token_moe": TokenMoEConfig,
@@ -173,7 +174,7 @@ class UniF2aceConfig(PreTrainedConfig):
     model_type = "unif2ace"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    vocabulary: VocabularyConfig | dict[str, Any] = field(default_factory=VocabularyConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     hidden_size: int = 192
     num_hidden_layers: int = 3
     num_attention_heads: int = 3
@@ -187,9 +188,9 @@ class UniF2aceConfig(PreTrainedConfig):
     identity: int = 128
     semantic: int = 10
     semantic_source: str = "clip"
-    token_moe: TokenMoEConfig | dict[str, Any] | None = field(default_factory=TokenMoEConfig)
-    sequence_moe: SequenceMoEConfig | dict[str, Any] | None = field(default_factory=SequenceMoEConfig)
-    loss: LossConfig | dict[str, Any] = field(default_factory=LossConfig)
+    token_moe: TokenMoEConfig | None = field(default_factory=TokenMoEConfig)
+    sequence_moe: SequenceMoEConfig | None = field(default_factory=SequenceMoEConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     image_tokenizer: dict[str, Any] | None = None
     eos_token_id: int | None = None
     initializer_range: float = 0.02
@@ -212,6 +213,9 @@ class UniF2aceConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"config.{name}: expected an integer of at least 1, got {value!r}")
+        if self.num_hidden_layers > LARGEST_DEPTH:  # each is built before a weight is read
+            expected = f"at most {LARGEST_DEPTH}"
+            raise ValueError(f"config.num_hidden_layers: expected {expected}, got {self.num_hidden_layers}")
         if self.semantic_source not in ("clip", "image_tokenizer"):
             raise ValueError(f"config.semantic_source: expected clip or image_tokenizer, got {self.semantic_source!r}")
         if self.hidden_size % self.num_attention_heads:

@@ -85,7 +85,7 @@ def learned():
 
 def test_a_tiny_model_learns_four_faces_by_heart(learned):
     """At chance the terms are log 64 = 4.2 and about log 3 = 1.1."""
-    assert learned.terms["mask"] < 0.1 and learned.terms["mmu"] < 0.1, learned.terms
+    assert learned.terms["mask"] < 0.1 and learned.terms["mmu"] < 0.3, learned.terms
 
 
 @pytest.mark.parametrize("settings,least", [({"guidance": 0.0}, 0.9), ({}, 0.5), ({"top_p": 0.9, "steps": 1}, 0.5)])
@@ -194,7 +194,7 @@ def test_without_guidance_the_empty_prompt_is_not_run(monkeypatch):
             rows.append(len(which))
             return super().at(which)
 
-    monkeypatch.setattr("unif2ace.generation.image.TextPrefix", Counted)
+    monkeypatch.setattr("unif2ace.model.painting.TextPrefix", Counted)
     paint(guidance=0.0)
     paint(guidance=2.0)
     assert read == [1, 2] and rows == [4, 8]

@@ -7,7 +7,8 @@ from test_model import VARIANTS, assert_same
 
 from unif2ace.configs import UniF2aceConfig
 from unif2ace.generation.image import PaintSettings, paint_codes
-from unif2ace.model.modeling import Block, UniF2aceForConditionalGeneration
+from unif2ace.model.blocks import Block
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.prefix import TextPrefix
 from unif2ace.model.sequences import t2i_batch, t2i_prompts
 from unif2ace_kernels import sampling
@@ -35,7 +36,7 @@ def images(rows: int, config: UniF2aceConfig, seed: int = 0) -> torch.Tensor:
 def whole(model: UniF2aceForConditionalGeneration, prompts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The states of the image tokens when the whole sequence runs."""
     (batch,) = tiny.double(t2i_batch(prompts, ids, model.config))
-    return model.image_hidden(model(**vars(batch)), batch.image_start)
+    return model.image_hidden(model(**vars(batch)).last_hidden_state, batch.image_start)
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 4), (1, 1), (0,)], ids=str)

@@ -13,7 +13,8 @@ from torch import nn
 
 from unif2ace.configs import TASKS, UniF2aceConfig
 from unif2ace.importers.parts import model_config
-from unif2ace.model.modeling import Block, UniF2aceForConditionalGeneration
+from unif2ace.model.blocks import Block
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace_kernels.moe import GroupedMoE
 
 

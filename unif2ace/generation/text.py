@@ -1,4 +1,4 @@
-"""Answer questions about a face: next-token prediction after the image, greedy."""
+"""Answer questions about a face: next-token prediction after the image, greedy, keys and values cached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
 from unif2ace.model.image_tokenizer import to_images
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
-from unif2ace.model.sequences import mmu_batch
+from unif2ace.model.sequences import mmu_batch, padded_left
 
 MAX_QUESTION = 64  # tokens
 
@@ -34,25 +34,16 @@ def answer(
         identity, semantic: [B, C_id] and [B, N, C_sem].
         max_tokens: longest answer.
     """
-    config = model.config
+    config, device = model.config, model.head.weight.device
     codes = codes + config.vocabulary.code_range[0]
-    texts = [list(question) for question in questions]
-    answers: list[list[int]] = [[] for _ in texts]
-    unfinished = list(range(len(texts)))
-    for _ in range(max_tokens):
-        rows = torch.tensor(unfinished)
-        batch = mmu_batch(codes[rows], [texts[row] for row in unfinished], identity[rows], semantic[rows], config)
-        last = torch.tensor([config.image_tokens + 2 + len(texts[row]) for row in unfinished])
-        hidden = model(**vars(batch)).last_hidden_state[torch.arange(len(rows)), last]
-        said = model.head(hidden)[:, : config.vocabulary.text].argmax(dim=-1).tolist()
-        for row, token in zip(unfinished, said):
-            texts[row].append(token)
-            if token != end:
-                answers[row].append(token)
-        unfinished = [row for row, token in zip(unfinished, said) if token != end]
-        if not unfinished:
-            break
-    return answers
+    batch = mmu_batch(codes, questions, identity, semantic, config)
+    batch = padded_left(batch, config.vocabulary.pad).to(device)
+    tensors = {name: value for name, value in vars(batch).items() if name not in ("labels", "layout")}
+    written = model.generate(
+        **tensors, do_sample=False, max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=config.vocabulary.pad
+    )
+    said = written[:, batch.input_ids.shape[1] :].tolist()
+    return [ids[: ids.index(end)] if end in ids else ids for ids in said]
 
 
 def answer_codes(

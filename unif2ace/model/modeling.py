@@ -12,34 +12,28 @@ A transformers model: from_pretrained, save_pretrained, generate (text), gradien
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from unif2ace.configs import MMU, T2I, UniF2aceConfig
-from unif2ace.model.attention import Attention, positions, repeated, rotary_table
-from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from unif2ace.model.magvit import Magvit, MagvitConfig
+from unif2ace.model.attention import positions, rotary_table
+from unif2ace.model.blocks import Block, Context, at_rows
+from unif2ace.model.image_tokenizer import ImageTokenizer
+from unif2ace.model.image_tokenizers import build_image_tokenizer, describe_image_tokenizer
+from unif2ace.model.magvit import Magvit
 from unif2ace.model.sequence_moe import Injection, Resampler, SequenceMoE
 from unif2ace.model.sequences import IGNORE, Layout
 from unif2ace.model.visibility import Visibility
-from unif2ace_kernels import d3diff, moe
-
-IMAGE_TOKENIZERS: dict[str, tuple[type, Any]] = {
-    "lfq": (ImageTokenizer, lambda sizes: ImageTokenizerConfig(**sizes)),
-    "magvit": (Magvit, MagvitConfig.from_dict),
-}
+from unif2ace_kernels import d3diff, moe, sampling
 
 
 @dataclass
@@ -65,153 +59,6 @@ class UniF2aceOutput(ModelOutput):
     sequence_routings: tuple[moe.Routing, ...] | None = None
 
 
-class Context(NamedTuple):
-    """What every block of one forward pass shares.
-
-    Attributes:
-        visibility: who sees whom. attention: the kernel's name. table: of the rotary embedding.
-        real: [T] positions in the flattened batch that are not padding, None when none is, and `real_task` [T] their
-            tasks. Padding is nobody's token: routed, it would crowd an expert or two and count in the balance loss.
-        rows: [R] the rows that have an image, None when all have; `image_task` [R] their tasks.
-        image: [R, N] positions of their image tokens; one slice where they are the same in every row and no gradient
-            is wanted; None where there are none.
-        injected: [R, 3, N, D] or None.
-    """
-
-    visibility: Visibility
-    attention: str
-    table: tuple[torch.Tensor, torch.Tensor]
-    real: torch.Tensor | None
-    real_task: torch.Tensor
-    rows: torch.Tensor | None
-    image_task: torch.Tensor
-    image: torch.Tensor | slice | None
-    injected: torch.Tensor | None
-
-
-def at_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """x [B, L, D] at the positions `rows` [B, M]: [B, M, D]."""
-    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[-1]))
-
-
-class FeedForward(nn.Module):
-    """The dense FFN, gelu(tanh) with biases."""
-
-    def __init__(self, hidden: int, width: int) -> None:
-        super().__init__()
-        self.w_in = nn.Linear(hidden, width)
-        self.w_out = nn.Linear(width, hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w_out(F.gelu(self.w_in(x), approximate="tanh"))
-
-
-class Block(GradientCheckpointingLayer):
-    """Attention, FFN and token-level experts, sequence-level experts."""
-
-    def __init__(self, config: UniF2aceConfig, layer: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.attention = Attention(config.hidden_size, config.num_attention_heads, layer)
-        self.attention.out.into_residual = True  # as many of these as layers add up: each starts smaller
-        self.ffn_norm = None if config.parallel_block else nn.LayerNorm(config.hidden_size)
-        token = config.token_moe
-        dense = token is None or token.dense
-        self.ffn = FeedForward(config.hidden_size, config.intermediate_size) if dense else None
-        self.experts = None
-        if token is not None:
-            self.experts = moe.GroupedMoE(
-                config.hidden_size,
-                token.width,
-                token.experts,
-                top_k=token.top_k,
-                shared_width=token.shared_width,
-                activation="gelu_tanh",
-                bias=True,
-                balance_coef=token.balance,
-            )
-        self.sequence = SequenceMoE(config) if config.sequence_moe is not None else None
-
-    @torch.no_grad()
-    def start_from_dense(self) -> None:
-        """Experts beside a trained FFN start with pieces of its hidden units, and answer zero: nothing changes yet.
-
-        Their output weights see trained features and have a gradient, so they move first.
-        """
-        if self.ffn is None or self.experts is None:
-            raise ValueError("token_moe: expected experts beside a dense FFN, `dense` = True")
-        count, _, width = self.experts.experts_w_in.shape
-        units = (torch.arange(count * width) % self.ffn.w_in.out_features).view(count, width)
-        self.experts.experts_w_in.copy_(self.ffn.w_in.weight[units].transpose(1, 2))
-        self.experts.experts_b_in.copy_(self.ffn.w_in.bias[units])
-        self.experts.experts_w_out.zero_()
-        self.experts.experts_b_out.zero_()
-
-    def feed_forward(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, moe.Routing | None]:
-        dense = None if self.ffn is None else self.ffn(x)
-        if self.experts is None:
-            return dense, None
-        tokens = x.flatten(0, 1)
-        if context.real is None:
-            y, routing = self.experts(tokens, context.real_task[: len(tokens)])
-        else:
-            y, routing = self.experts(tokens.index_select(0, context.real), context.real_task)
-            y = torch.zeros_like(tokens, dtype=y.dtype).index_copy(0, context.real, y)
-        y = y.view_as(x)
-        return (y if dense is None else dense + y), routing
-
-    def mix_images(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, moe.Routing]:
-        image, rows = context.image, context.rows
-        part = x if rows is None else x.index_select(0, rows)
-        tokens = part[:, image] if isinstance(image, slice) else at_rows(part, image)
-        mixed, routing = self.sequence(tokens, context.image_task, context.injected)
-        if isinstance(image, slice):
-            part[:, image] = mixed
-        else:
-            part = part.scatter(1, image[:, :, None].expand(-1, -1, x.shape[-1]), mixed.to(x.dtype))
-        return (part if rows is None else x.index_copy(0, rows, part)), routing
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        context: Context,
-        past_key_values: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
-        rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, moe.Routing | None, moe.Routing | None]:
-        """One layer.
-
-        Args:
-            x: [B, L, D].
-            past_key_values: keys and values of the positions before x, to which those of x are added.
-            prefix: see `Attention`; x comes back as [R, L, D] for its R sequences.
-            rows: [R, M] positions of x to come back alone, [R, M, D]; without sequence-level experts, which read all
-                of a sample.
-
-        Returns:
-            x, and the routings of the token level and of the sequence level, None where there are no experts.
-        """
-        normed = self.norm(x)
-        attended = self.attention(
-            normed, context.visibility, context.table, past_key_values, prefix, rows, context.attention
-        )
-        if prefix is not None:
-            x, normed = (repeated(each, len(attended) // len(each)) for each in (x, normed))
-        if rows is not None:
-            x, normed = at_rows(x, rows), at_rows(normed, rows)
-        if self.ffn_norm is None:
-            y, token_routing = self.feed_forward(normed, context)
-            x = x + attended + y
-        else:
-            x = x + attended
-            y, token_routing = self.feed_forward(self.ffn_norm(x), context)
-            x = x + y
-        sequence_routing = None
-        if self.sequence is not None and context.image is not None:
-            x, sequence_routing = self.mix_images(x, context)
-        return x, token_routing, sequence_routing
-
-
 class TextOnly(LogitsProcessor):
     """No special token and no image code is said."""
 
@@ -232,7 +79,7 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: UniF2aceConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -247,10 +94,12 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
             nn.Parameter(torch.zeros(config.image_tokens, config.hidden_size)) if config.image_positions else None
         )
         self.injection = Injection(config) if config.sequence_moe is not None else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        blocks = [Block(config, layer) for layer in range(config.num_hidden_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, size)
         self.rotary_channels = int(config.partial_rotary_factor * config.head_dim) // 2 * 2
+        self._into_residual = {block.attention.out for block in blocks}
         self.post_init()
         self.image_tokenizer: ImageTokenizer | Magvit | None = None
         if config.image_tokenizer is not None:
@@ -258,11 +107,12 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            adds = getattr(module, "into_residual", False)
+        if isinstance(module, nn.Linear):
+            adds = module in self._into_residual  # as many of these as layers add up: each starts smaller
             init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers) if adds else std)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -276,7 +126,8 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for weight in (module.experts_w_in, module.experts_w_out):
                 init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
             for bias in (module.experts_b_in, module.experts_b_out):
-                init.zeros_(bias)
+                if bias is not None:
+                    init.zeros_(bias)
         elif module is self and self.image_position is not None:
             init.zeros_(self.image_position)
 
@@ -288,21 +139,22 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> UniF2aceForConditionalGeneration:
         """As nn.Module's; the image tokenizer stays as it is."""
         super().train(mode)
-        if getattr(self, "image_tokenizer", None) is not None:
-            self.image_tokenizer.eval()
+        tokenizer = getattr(self, "image_tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.eval()
         return self
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embedding = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding = cast(nn.Embedding, value)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.head = new_embeddings
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.head = cast(nn.Linear, new_embeddings)
 
     def forward(
         self,
@@ -365,18 +217,20 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
             x, context = self._context(
                 self.embedding(input_ids), attention_mask, task, image_start, layout, mask_prob, identity, semantic
             )
-        output, by_layer = UniF2aceOutput(past_key_values=past_key_values), []
+        output = UniF2aceOutput(past_key_values=past_key_values)
+        by_layer = []
         for block in self.blocks:
             x, *routings = block(x, context, past_key_values=past_key_values)
             by_layer.append(routings)
         output.token_routings, output.sequence_routings = (
             tuple(each for each in level if each is not None) for level in zip(*by_layer)
         )
-        output.last_hidden_state = self.norm(x)
+        x = output.last_hidden_state = self.norm(x)
         if labels is None:
-            output.logits = self.head(output.last_hidden_state[:, -logits_to_keep:])
-        else:
-            output.loss, output.terms = self._loss(output, labels, task, image_start, layout, mask_prob)
+            output.logits = self.head(x[:, -logits_to_keep:])
+        elif layout is not None and mask_prob is not None:  # as they are wherever there may be labels
+            routings = [*output.token_routings, *output.sequence_routings]
+            output.loss, output.terms = self._loss(x, routings, labels, task, image_start, layout, mask_prob)
         return output
 
     def _image_index(self, image_start: torch.Tensor) -> torch.Tensor:
@@ -472,7 +326,8 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _loss(
         self,
-        output: UniF2aceOutput,
+        x: torch.Tensor,
+        routings: list[moe.Routing],
         labels: torch.Tensor,
         task: torch.Tensor,
         image_start: torch.Tensor,
@@ -481,7 +336,7 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One pass of the head serves t2i and mmu, a second one plain text, where there is some."""
         config, switch = self.config, self.config.loss
-        hidden, length = output.last_hidden_state.flatten(0, 1), labels.shape[1]
+        hidden, length = x.flatten(0, 1), labels.shape[1]
         generates = task == T2I
         plain = (image_start < 0)[:, None]
         # D3Diff averages over its own samples: they are numbered among themselves, mmu rows count for nothing.
@@ -512,51 +367,62 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "mmu_accuracy": stats.text.accuracy,
         }
         if layout.plain:
-            loss, stats = d3diff.next_token_loss(
+            loss, text = d3diff.next_token_loss(
                 hidden, self.head.weight, self.head.bias, labels.masked_fill(~plain, IGNORE).flatten()
             )
             total = total + switch.lm * loss
-            terms["lm"] = stats.ce
-        routings = output.token_routings + output.sequence_routings
+            terms["lm"] = text.ce
         if routings:
             balance = torch.stack([routing.balance_loss for routing in routings]).sum()
             total = total + balance
             terms["balance"] = balance
         return total, {name: value.detach() for name, value in terms.items()}
 
-    def image_hidden(self, output: UniF2aceOutput, image_start: torch.Tensor) -> torch.Tensor:
+    def image_hidden(self, last_hidden_state: torch.Tensor, image_start: torch.Tensor) -> torch.Tensor:
         """Hidden states at the image positions, [B, N, D]."""
-        return at_rows(output.last_hidden_state, self._image_index(image_start))
+        return at_rows(last_hidden_state, self._image_index(image_start))
 
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Text that goes on from each row: transformers' `generate`, held to text tokens.
 
         Rows are those of `UniF2aceProcessor` with their tensors (left-padded, so that all end together); in a batch
         each gets what it gets alone.
         """
         processors = [TextOnly(self.config.vocabulary.text), *(kwargs.pop("logits_processor", None) or [])]
-        return super().generate(*args, logits_processor=LogitsProcessorList(processors), **kwargs)
+        kwargs["logits_processor"] = LogitsProcessorList(processors)
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
+    def generate_image(
+        self,
+        input_ids: torch.Tensor,
+        codes: torch.Tensor | None = None,
+        on_step: Callable[[sampling.Step], None] | None = None,
+        output_codes: bool = False,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """Faces from prompts.
 
-def build_image_tokenizer(described: dict[str, Any]) -> ImageTokenizer | Magvit:
-    """An image tokenizer from a config's `image_tokenizer`.
+        Args:
+            input_ids: [B, L] rows of `UniF2aceProcessor` for text-to-image, or their first `text_slots` alone.
+            codes: [B, N] what is known of the faces, -1 where it is to be painted; nothing when None.
+            on_step: called after every step.
+            output_codes: give the codes, and decode nothing.
+            settings: fields of `unif2ace.model.painting.PaintSettings`: steps, guidance, seed, ...
 
-    Raises:
-        ValueError: of an unknown kind, or sizes that are not its.
-    """
-    sizes = dict(described)
-    kind = sizes.pop("kind", None)
-    if kind not in IMAGE_TOKENIZERS:
-        raise ValueError(f"config.image_tokenizer: expected a kind of {sorted(IMAGE_TOKENIZERS)}, got {kind!r}")
-    tokenizer, config = IMAGE_TOKENIZERS[kind]
-    try:
-        return tokenizer(config(sizes))
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"config.image_tokenizer: {error}") from error
+        Returns:
+            [B, 3, side, side] in [-1, 1]; or codes [B, N] from 0.
 
+        Raises:
+            ValueError: rows too short for a prompt, or nothing to decode codes with.
+        """
+        from unif2ace.model.painting import PaintSettings, paint_prompts  # which builds on this module
 
-def describe_image_tokenizer(tokenizer: ImageTokenizer | Magvit) -> dict[str, Any]:
-    """The inverse of `build_image_tokenizer`."""
-    kind = next(kind for kind, (each, _) in IMAGE_TOKENIZERS.items() if type(tokenizer) is each)
-    return json.loads(json.dumps({"kind": kind, **dataclasses.asdict(tokenizer.config)}))
+        slots = self.config.text_slots
+        if input_ids.shape[1] < slots:
+            raise ValueError(f"input_ids: expected at least {slots} tokens a row, got {input_ids.shape[1]}")
+        tokenizer = self.image_tokenizer
+        if tokenizer is None and not output_codes:
+            raise ValueError("output_codes: expected True, as this model has no image tokenizer; got False")
+        painted = paint_prompts(self, input_ids[:, :slots], PaintSettings(**settings), on_step, codes)
+        return painted if tokenizer is None or output_codes else tokenizer.decode(painted)

@@ -21,7 +21,8 @@ import torch
 
 from unif2ace.configs import T2I
 from unif2ace.model.attention import rotary_table
-from unif2ace.model.modeling import Block, Context, UniF2aceForConditionalGeneration, at_rows
+from unif2ace.model.blocks import Block, Context, at_rows
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequence_moe import NOISE
 from unif2ace.model.visibility import Visibility
 

@@ -52,7 +52,9 @@ class UniF2aceProcessor(ProcessorMixin):
         prompts: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vocabulary = VocabularyConfig(**vocabulary) if isinstance(vocabulary, dict) else vocabulary or VocabularyConfig()
+        self.vocabulary = (
+            VocabularyConfig(**vocabulary) if isinstance(vocabulary, dict) else vocabulary or VocabularyConfig()
+        )
         self.image_tokens, self.text_slots, self.image_size = image_tokens, text_slots, image_size
         self.identity, self.semantic = identity, semantic
         self.encoders, self.prompts = dict(encoders or {}), dict(prompts or {})

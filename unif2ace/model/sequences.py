@@ -89,7 +89,7 @@ class Batch:
         """The same batch on `device`."""
         layout = self.layout or Layout.of(self.attention_mask, self.task, self.image_start)
         tensors = {name: value.to(device) for name, value in vars(self).items() if name != "layout"}
-        return replace(self, **tensors, layout=layout.to(device))
+        return replace(self, layout=layout.to(device), **tensors)  # type: ignore[arg-type]
 
     @classmethod
     def join(cls, parts: Sequence[Batch], pad: int) -> Batch:
@@ -109,7 +109,7 @@ class Batch:
                 values = [torch.nn.functional.pad(v, (0, 0, 0, most - v.shape[1])) for v in values]
             return torch.cat(values)
 
-        return cls(**{each.name: stack(each.name) for each in fields(cls) if each.name != "layout"})
+        return cls(*(stack(each.name) for each in fields(cls) if each.name != "layout"))  # type: ignore[arg-type]
 
 
 class RowSizes(Protocol):
