@@ -67,7 +67,7 @@ def check(
         elif sha256(file) != expected[file.name]:
             raise UserError(
                 f"{file} is not the file expected: its SHA-256 is {sha256(file)}, expected {expected[file.name]}; "
-                f"copy it again, or give --sha256 {file.name}=HEX if it is the one you mean"
+                f"copy it again, or, if it is the one you mean, put its sum into {SUMS} beside it"
             )
     told = [f"{len(files) - len(unchecked)} of {len(files)} files held against their SHA-256"]
     return [f"files: {'; '.join(told + [f'no sum known of {name}' for name in unchecked[:4]])}"]
