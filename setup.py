@@ -37,6 +37,7 @@ EXTRAS = {
         "datasets",
         "webdataset",
         "pytest",
+        "pytest-benchmark",
         "pytest-xdist",
         "onnx",
         "onnxruntime",

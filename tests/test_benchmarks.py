@@ -236,7 +236,6 @@ def test_ceilings_are_looked_at_again_and_only_rise(monkeypatch) -> None:
 
 
 def test_micro_cases_run_without_being_timed() -> None:
-    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks/micro.py", "--benchmark-disable", "-k", "gumbel"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr  # 5 would be: no test of that name
