@@ -77,7 +77,7 @@ def _showo(hidden: int, layers: int, width: int, text: int) -> UniF2aceConfig:
 SIZES = [
     Size("tiny", UniF2aceConfig.tiny(VocabularyConfig(text=404, codes=1024)), 24, 20, 20, 20, 16, 16),
     Size("medium 512", _showo(512, 4, 96, 8000), 1, 1, 27, 60, 1, 6),
-    Size("medium 768", _showo(768, 4, 144, 50295), 1, 1, 27, 60, 1, 4),
+    Size("medium 768", _showo(768, 3, 144, 24000), 1, 1, 27, 60, 1, 4),
 ]
 
 

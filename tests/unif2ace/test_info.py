@@ -101,3 +101,9 @@ def test_what_cannot_be_told_is_said_in_one_line(tmp_path, capsys):
         assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     path.write_text(json.dumps({**config, "format": 99}))
     assert main(["info", str(tmp_path / "whole")]) == 1 and "format 99" in capsys.readouterr().err
+
+
+def test_base_is_a_backbone_and_two_levels_of_experts(capsys):
+    assert main(["info", "base"]) == 0
+    wanted = "1.80 B = 1.45 B backbone + 0.30 B token-level experts + 0.05 B sequence-level experts"
+    assert wanted in capsys.readouterr().out.splitlines()
