@@ -190,7 +190,9 @@ def _model(
     settings: DemoSettings, folder: Path, faces: FaceSet, tokenizer: ImageTokenizer, encoded: EncodedFaces
 ) -> tuple[Checkpoint, bool]:
     text = TextTokenizer.train(captions.all_texts())
-    config = UniF2aceConfig.tiny(VocabularyConfig(text=text.size, codes=tokenizer.config.codes))
+    config = UniF2aceConfig.tiny(
+        VocabularyConfig(text=text.size, codes=tokenizer.config.codes), semantic_source="image_tokenizer"
+    )
     schedule = Schedule(settings.model_steps)
     data = (encoded.codes, encoded.semantic, encoded.identity, torch.from_numpy(encoded.classes))
     modules = (attention, modeling, sequence_moe, sequences, loop, optimizers, recipes)
@@ -215,7 +217,10 @@ def _model(
     state = folder / "model_state.pt"
     log = fit(model, optimizers.build(model, settings.optimizer), loss, schedule, state, name="model", fingerprint=name)
     write_json(folder / "model_log.json", log)
-    checkpoint = Checkpoint.of(model.eval(), tokenizer, text)
+    checkpoint = Checkpoint.of(
+        model.eval(), tokenizer, text,
+        encoders={"identity": "sface", "semantic": "image_tokenizer"}, prompts={"caption": captions.CAPTION_PROMPTS[0]},
+    )  # fmt: skip
     stamp.unlink(missing_ok=True)  # never beside a checkpoint that it is not of
     checkpoint.save(path)
     write_json(stamp, name)

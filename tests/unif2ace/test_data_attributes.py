@@ -196,3 +196,14 @@ def test_bad_attribute_and_dropout():
         captions.question_answer(classes, len(NAMES), np.random.default_rng(0))
     with pytest.raises(ValueError, match="dropout: expected"):
         captions.caption(classes, np.random.default_rng(0), dropout=1.5)
+
+
+def test_what_a_caption_tells_is_read_back():
+    """Of every caption what it says, of what it leaves out -1; and nothing of a text that is no caption."""
+    rng = np.random.default_rng(2)
+    for classes in captions.random_classes(200, rng):
+        assert captions.told(captions.full_caption(classes)).tolist() == classes.tolist()
+        some = captions.told(captions.caption(classes, rng, dropout=0.5))
+        assert ((some == classes) | (some == -1)).all()
+    assert (some == -1).any() and (some >= 0).any()
+    assert captions.told("the hair is dark").tolist() == [-1] * len(ATTRIBUTES)

@@ -15,7 +15,7 @@ from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import IGNORE
 from unif2ace.training.recipe import Recipe, RecipeConfig, initialise_codes
 
-SIZES = RecipeConfig(t2i=12, mmu=7, questions=2, guidance_dropout=0.3, seed=3)
+SIZES = RecipeConfig(t2i=12, mmu=7, captions=2, questions=2, guidance_dropout=0.3, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_guidance_dropout_leaves_captions_out(faces, text, config, share):
 def test_answers_and_their_ends_are_the_targets(recipe, faces, text, config):
     first = config.vocabulary.code_range[0]
     batch = recipe.batch(0)
-    for row in rows(batch, MMU):
+    for number, row in enumerate(rows(batch, MMU)):
         image = image_of(batch, row, config)
         face = (faces.codes == batch.input_ids[row, image] - first).all(1).nonzero().item()
         assert torch.equal(batch.identity[row], faces.identity[face])
@@ -152,7 +152,12 @@ def test_answers_and_their_ends_are_the_targets(recipe, faces, text, config):
             if is_answer and token == text.end:
                 pairs.append((text.decode(question), text.decode(answer)))
                 question, answer = [], []
-        assert question == answer == [] and len(pairs) == SIZES.questions
+        assert question == answer == []
+        if number < SIZES.captions:
+            caption = text.decode(text.encode(captions.full_caption(faces.classes[face])))
+            assert pairs == [(text.decode(text.encode(captions.CAPTION_PROMPTS[0])), caption)]
+            continue
+        assert len(pairs) == SIZES.questions
         attributes = [next(i for i in range(len(ATTRIBUTES)) if asked in captions.questions(i)) for asked, _ in pairs]
         assert len(set(attributes)) == SIZES.questions
         for attribute, (_, said) in zip(attributes, pairs):

@@ -64,6 +64,23 @@ def full_caption(classes: np.ndarray) -> str:
     return caption(classes, np.random.default_rng(0), dropout=0.0)
 
 
+def told(text: str) -> np.ndarray:
+    """Attribute classes [A] that a caption names, -1 where it names none: the inverse of `caption`."""
+    classes = np.full(len(NAMES), -1)
+    for part in text.partition(" with ")[2].split(","):
+        words = part.split()
+        if words[-1:] == ["background"]:
+            named = {name: [(word,) for word in ATTRIBUTES[NAMES.index(name)].words] for name in _BACKGROUND}
+            parts = words[:-1]
+        else:
+            named, parts = _PHRASES, [" ".join(words)]
+        for name, options in named.items():
+            for value, phrases in enumerate(options):
+                if any(phrase in parts for phrase in phrases):
+                    classes[NAMES.index(name)] = value
+    return classes
+
+
 def question_answer(classes: np.ndarray, attribute: int, rng: np.random.Generator) -> tuple[str, str]:
     """A question on `attribute` (its index) and the answer for a face with attribute `classes` [A]."""
     if not 0 <= attribute < len(ATTRIBUTES):

@@ -89,9 +89,10 @@ def evaluate(checkpoint: Checkpoint, faces: FaceSet, held_out: EncodedFaces, pro
         "tokenizer": tokenizer,
         "generation": generation,
         "understanding": understanding,
+        "captioning": _captioning(checkpoint, held_out),
         "held_out_loss": _held_out_loss(checkpoint, held_out, seed),
         "experts": _expert_use(checkpoint, held_out, seed),
-        "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+        "parameters": sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad),
     }
     count = min(SHOWN, len(images))
     return Results(numbers, images[:count], reconstructed[:count], repainted, shown, painted, texts, answers)
@@ -118,6 +119,24 @@ def _answers(
         shown += [(face, asked[face][0], given[face], asked[face][1]) for face in range(min(4, len(asked)))]
     test = "McNemar, exact, one-sided, against the best constant answer"
     return {"faces": len(faces.classes), "test": test, "attributes": table}, shown
+
+
+def _captioning(checkpoint: Checkpoint, faces: EncodedFaces) -> dict:
+    """Share of faces of which a caption names an attribute's class rightly, against the best constant one."""
+    asked = [captions.CAPTION_PROMPTS[0]] * len(faces.classes)
+    given = answer_codes(checkpoint, faces.codes, faces.identity, faces.semantic, asked, max_tokens=40)
+    right = np.stack([captions.told(text) for text in given]) == faces.classes
+    return {
+        "faces": len(faces.classes),
+        "attributes": {
+            each.name: {
+                "accuracy": float(right[:, index].mean()),
+                "majority": float(np.bincount(faces.classes[:, index]).max() / len(faces.classes)),
+            }
+            for index, each in enumerate(ATTRIBUTES)
+        },
+        "mean_accuracy": float(right.mean()),
+    }
 
 
 def _against_chance(match: np.ndarray, classes: int) -> dict:

@@ -52,6 +52,7 @@ def answer_codes(
     identity: torch.Tensor,
     semantic: torch.Tensor,
     questions: Sequence[str],
+    max_tokens: int = 8,
 ) -> list[str]:
     """Answers in words to one question on each encoded face; arguments as in `answer`.
 
@@ -63,7 +64,8 @@ def answer_codes(
     longest = max(map(len, asked))
     if longest > MAX_QUESTION:
         raise UserError(f"the question has {longest} tokens, at most {MAX_QUESTION} are read: shorten it")
-    return [text.decode(ids) for ids in answer(checkpoint.model, codes, asked, identity, semantic, text.end)]
+    given = answer(checkpoint.model, codes, asked, identity, semantic, text.end, max_tokens)
+    return [text.decode(ids) for ids in given]
 
 
 def answer_faces(

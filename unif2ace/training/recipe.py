@@ -41,6 +41,7 @@ class EncodedFaces:
 class RecipeConfig:
     """Attributes:
     t2i, mmu: rows of each task in a step.
+    captions: of the mmu rows, those that ask for a caption; the others ask questions.
     questions: questions on one face, each with its answer, in one mmu row.
     guidance_dropout: share of t2i rows whose caption is left out, for classifier-free guidance.
     seed: of everything that is drawn.
@@ -48,6 +49,7 @@ class RecipeConfig:
 
     t2i: int = 24
     mmu: int = 20
+    captions: int = 4
     questions: int = 3
     guidance_dropout: float = 0.1
     seed: int = 0
@@ -79,15 +81,20 @@ class Recipe:
         prompts = t2i_prompts(ids, self.text.end, self.model)
         return t2i_batch(prompts, noised, self.model, codes.masked_fill(~masked, IGNORE), mask_prob.float())
 
+    def _asked(self, classes: np.ndarray, caption: bool, rng: np.random.Generator) -> list[tuple[str, str]]:
+        if caption:
+            return [(captions.CAPTION_PROMPTS[0], captions.full_caption(classes))]
+        attributes = rng.permutation(len(ATTRIBUTES))[: self.config.questions]
+        return [captions.question_answer(classes, attribute, rng) for attribute in attributes]
+
     def _mmu(self, rng: np.random.Generator) -> Batch:
         rows = self.config.mmu
         chosen = rng.integers(len(self.faces.codes), size=rows)
         texts, answers = [], []
-        for face in chosen:
+        for row, face in enumerate(chosen):
             ids: list[int] = []
             wanted: list[bool] = []
-            for attribute in rng.permutation(len(ATTRIBUTES))[: self.config.questions]:
-                question, answer = captions.question_answer(self.faces.classes[face], attribute, rng)
+            for question, answer in self._asked(self.faces.classes[face], row < self.config.captions, rng):
                 asked, said = self.text.encode(question), [*self.text.encode(answer), self.text.end]
                 ids += asked + said
                 wanted += [False] * len(asked) + [True] * len(said)
