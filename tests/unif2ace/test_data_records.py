@@ -215,6 +215,13 @@ def test_a_picture_that_is_none(content, tmp_path):
         opened(path)[1].pixels()
 
 
+@pytest.mark.parametrize("name", ["\0", "\ud800"])
+def test_a_name_that_no_file_has(name, tmp_path):
+    (tmp_path / "faces.json").write_text(json.dumps([{**sets.record(0), "image": name}]))
+    with pytest.raises(SampleError, match="image: .* names no file"):
+        opened(tmp_path / "faces.json")[0].pixels()
+
+
 def test_other_names_of_fields(tmp_path):
     """Such a mapping is how a set of unknown make is read."""
     talk = '[{"question": "q", "answer": "a"}]'

@@ -73,6 +73,8 @@ class Sample:
             return self.image.read_bytes()
         except OSError as error:
             raise SampleError(str(self.image), error.strerror or str(error)) from error
+        except ValueError as error:
+            raise SampleError(self.where, f"image: {str(self.image)!a} names no file ({error})") from error
 
     def pixels(self, content: bytes | None = None) -> np.ndarray:
         """The picture as [H, W, 3] uint8 RGB; `content` is its file where that was read already.
