@@ -16,16 +16,15 @@ from pathlib import Path
 
 import torch
 
-from unif2ace.encoders.base import Encoder
+from unif2ace.encoders.base import Encoder, FaceCountError
 from unif2ace.encoders.cache import FeatureCache
-from unif2ace.encoders.faces import FaceCountError, FaceEncoder
 from unif2ace.errors import UserError
 
 SEMANTIC = ("clip", "open-clip")
 IDENTITY = ("antelopev2", "arcface-mbf", "sface")
 KINDS = (*SEMANTIC, *IDENTITY)
 
-__all__ = ["IDENTITY", "KINDS", "SEMANTIC", "Encoder", "FaceCountError", "FaceEncoder", "FeatureCache", "encoder"]
+__all__ = ["IDENTITY", "KINDS", "SEMANTIC", "Encoder", "FaceCountError", "FeatureCache", "encoder"]
 
 
 def encoder(kind: str, path: Path | str | None = None, device: str | torch.device = "cpu", **options) -> Encoder:

@@ -8,6 +8,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from unif2ace.errors import UserError
+
+
+class FaceCountError(UserError):
+    """A picture has another number of faces than one.
+
+    Attributes:
+        index: of the picture in the call. count: of the faces found.
+    """
+
+    def __init__(self, index: int, count: int) -> None:
+        self.index, self.count = index, count
+        found = f"{count} faces" if count else "no face"
+        super().__init__(f"images[{index}]: {found} found, expected one: give a picture of one clear, upright face")
+
 
 class Encoder(ABC):
     """A frozen network over pictures.

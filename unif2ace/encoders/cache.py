@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unif2ace.encoders.base import Encoder
-from unif2ace.encoders.faces import FaceCountError
+from unif2ace.encoders.base import Encoder, FaceCountError
 from unif2ace.errors import UserError
 
 _SUM = 32  # bytes of the SHA-256 that an entry begins with
