@@ -357,7 +357,7 @@ def test_the_rotary_table_turns_a_pair_of_channels_by_its_angle():
 
 @pytest.fixture
 def layer() -> Attention:
-    layer = Attention(32, 2).double()
+    layer = Attention(32, 2, layer=1).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer
@@ -386,14 +386,15 @@ def test_token_by_token_from_a_cache(layer, kind):
     cos, sin = table_of(rows)
     x = torch.randn(len(rows.rows), rows.length, 32, dtype=torch.float64)
     want = layer(x, rows.visibility(), (cos, sin))
-    cache = DynamicCache() if kind == "dynamic" else StaticCache(PretrainedConfig(num_hidden_layers=1), 20)
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(PretrainedConfig(num_hidden_layers=2), 20)
     for a, b in ((0, 10), (10, 11), (11, 13), (13, 14)):
         room = b if kind == "dynamic" else 20
         held = torch.nn.functional.pad(valid[:, :b], (0, room - b))
-        first = None if kind == "dynamic" else torch.as_tensor(cache.get_seq_length())
+        first = None if kind == "dynamic" else torch.as_tensor(cache.get_seq_length(1))
         seen = Visibility(held, task, image, N, queries=b - a, first_query=first)
         got = layer(x[:, a:b], seen, (cos[:, a:b], sin[:, a:b]), past_key_values=cache)
         assert_close(got[valid[:, a:b]], want[:, a:b][valid[:, a:b]])
+    assert cache.get_seq_length(0) == 0, "the layer keeps to its own place"
 
 
 @torch.no_grad()
