@@ -1,4 +1,4 @@
-# make demo | demo-small | test | test-all | fuzz | lint | bench | report | gpu | clean
+# make demo | demo-small | test | test-all | fuzz | lint | docs | bench | report | gpu | clean
 # Everything runs in .venv, which the first target makes from nothing; a changed pin installs again.
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ INSTALLING := $(VENV)/.installing
 INSTALL_SECONDS := $(VENV)/.install-seconds
 EXTENSION := kernels/unif2ace_kernels/_build.json
 
-.PHONY: demo demo-small test test-all fuzz lint bench report gpu clean
+.PHONY: demo demo-small test test-all fuzz lint docs bench report gpu clean
 
 demo: $(DEMO_READY) $(EXTENSION)
 	UNIF2ACE_INSTALL_SECONDS=$$(cat $(INSTALL_SECONDS)) $(VENV)/bin/unif2ace demo
@@ -42,6 +42,10 @@ lint: $(DEV_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The pages of the kernels' public functions, in build/site.
+docs: $(DEV_READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
 
 bench: $(DEV_READY) $(EXTENSION)
 	$(PY) -m benchmarks.cpu
