@@ -32,7 +32,11 @@ EXTRAS = {
     "app": ["gradio>=6.20"],
     # sets in parquet files and in folders of Hugging Face's datasets; JSON and shards need nothing
     "data": ["pyarrow", "datasets"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]", "latex2mathml"],
     "dev": [
+        "mkdocs-material",
+        "mkdocstrings[python]",
+        "latex2mathml",
         "pyarrow",
         "datasets",
         "webdataset",
