@@ -24,6 +24,7 @@ EXTRAS = {
         "scipy",
         "tokenizers",
         "safetensors",
+        "transformers",
     ],
     # antelopev2 and arcface-mbf; their runtime="insightface" is `pip install --no-deps insightface` beside it
     "faces": ["numpy", "opencv-python-headless", "onnxruntime", "onnx", "scikit-image"],

@@ -197,7 +197,7 @@ def test_a_face_comes_in_as_pixels():
 def test_faces_are_painted_from_a_processed_prompt():
     checkpoint = make()
     rows = checkpoint.processor(text=["dark hair", "a big smile"])
-    images = checkpoint.model.generate_image(rows["input_ids"], steps=3, seed=1)
+    images = checkpoint.model.generate_image(**rows, steps=3, seed=1)
     assert images.shape == (2, 3, 16, 16) and images.abs().max() <= 1
     codes = checkpoint.model.generate_image(rows["input_ids"], steps=3, seed=1, output_codes=True)
     torch.testing.assert_close(images, checkpoint.image_tokenizer.decode(codes))
@@ -225,6 +225,8 @@ def test_what_is_wrong_is_named():
         model(**asked)
     with pytest.raises(ValueError, match="output_codes: expected True"):
         UniF2aceForConditionalGeneration(tiny.CONFIG).generate_image(torch.zeros(1, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"got also \['stepz'\]"):
+        model.generate_image(**processor(text="dark hair"), stepz=3)
     with pytest.raises(ValueError, match="input_ids: expected at least 7 tokens"):
         model.generate_image(ids)
     with pytest.raises(UserError, match="2 questions on 1 faces"):

@@ -31,7 +31,7 @@ from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.image_tokenizers import build_image_tokenizer, describe_image_tokenizer
 from unif2ace.model.magvit import Magvit
 from unif2ace.model.sequence_moe import Injection, Resampler, SequenceMoE
-from unif2ace.model.sequences import IGNORE, Layout
+from unif2ace.model.sequences import IGNORE, Batch, Layout
 from unif2ace.model.visibility import Visibility
 from unif2ace_kernels import d3diff, moe, sampling
 
@@ -408,16 +408,21 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
             codes: [B, N] what is known of the faces, -1 where it is to be painted; nothing when None.
             on_step: called after every step.
             output_codes: give the codes, and decode nothing.
-            settings: fields of `unif2ace.model.painting.PaintSettings`: steps, guidance, seed, ...
+            settings: fields of `unif2ace.model.painting.PaintSettings`: steps, guidance, seed, ...; what else a
+                processor gives beside `input_ids` is passed over.
 
         Returns:
             [B, 3, side, side] in [-1, 1]; or codes [B, N] from 0.
 
         Raises:
-            ValueError: rows too short for a prompt, or nothing to decode codes with.
+            ValueError: rows too short for a prompt, an unknown setting, or nothing to decode codes with.
         """
         from unif2ace.model.painting import PaintSettings, paint_prompts  # which builds on this module
 
+        settings = {name: value for name, value in settings.items() if name not in Batch.__dataclass_fields__}
+        unknown = sorted(settings.keys() - PaintSettings.__dataclass_fields__.keys())
+        if unknown:
+            raise ValueError(f"expected the settings {sorted(PaintSettings.__dataclass_fields__)}, got also {unknown}")
         slots = self.config.text_slots
         if input_ids.shape[1] < slots:
             raise ValueError(f"input_ids: expected at least {slots} tokens a row, got {input_ids.shape[1]}")
