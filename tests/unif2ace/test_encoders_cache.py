@@ -62,8 +62,9 @@ def test_each_picture_is_computed_once_and_comes_back_the_same(tmp_path, tokens,
 
 def test_twins_in_one_call_are_computed_once(tmp_path):
     toy, (image, other) = Toy(), pictures(2)
-    features = FeatureCache(tmp_path)(toy, [image, other, image.copy(), image])
-    assert toy.seen == [2] and torch.equal(features[0], features[3]) and not torch.equal(features[0], features[1])
+    steps = []
+    features = FeatureCache(tmp_path)(toy, [image, other, image.copy(), image], steps.append)
+    assert toy.seen == [2] and steps == [3, 1] and torch.equal(features[0], features[3]) and not torch.equal(features[0], features[1])
 
 
 def test_shape_pixels_and_fingerprint_tell_entries_apart(tmp_path):
