@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -162,6 +164,32 @@ def test_damage_is_passed_over_and_counted(tmp_path):
     encoding, source = QuickEncoding().build(), sets.open_raw(path)
     assert [each.key for each in read] == [f"face-{number}" for number in kept]
     assert all((each.codes == encoding(source[number]).codes).all() for number, each in zip(kept, read))
+
+
+def test_a_shard_of_which_nothing_is_left(tmp_path):
+    out = tmp_path / "out"
+    manifest = made(broken(tmp_path / "raw", *range(5, 10)), out)
+    assert [each["samples"] for each in manifest["shards"]] == [5, 0, 5, 5, 3]
+    read = ShardSource(out)
+    assert [each.key for each in read] == [f"face-{number}" for number in range(COUNT) if not 5 <= number < 10]
+    assert read.serving("t2i").tolist() == list(range(COUNT - 5))
+
+
+def test_damage_that_is_met_on_opening_counts_too(tmp_path):
+    path = tmp_path / "faces.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(3):
+            for name, content in (("png", sets.png(sets.picture(number))), ("txt", b"a face")):
+                info = tarfile.TarInfo(f"{number}.{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        end = tar.offset
+    with path.open("r+b") as file:
+        file.seek(end)
+        file.write(b"?" * 512)
+    assert made(path, tmp_path / "out")["skipped"] == {"corrupt": 1, "unusable": 0}
+    with pytest.raises(UserError, match="1 samples could not be read, max_corrupt allows 0"):
+        made(path, tmp_path / "out0", max_corrupt=0)
 
 
 def test_too_much_damage_stops_it_and_mended_it_goes_on(tmp_path, raw, undisturbed):

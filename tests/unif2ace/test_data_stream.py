@@ -306,6 +306,7 @@ def test_the_count_goes_on_after_a_resume(damaged, text, model):
         take(stream, 1)
     again = Stream(data, model, text)
     again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert again.corrupt == stream.corrupt and len(again.corrupt) == 1
     with pytest.raises(UserError, match="2 samples could not be read"):
         take(again, 12)
 

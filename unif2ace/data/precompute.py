@@ -103,16 +103,17 @@ def precompute(config: PrecomputeConfig, progress: bool = True) -> dict[str, Any
                         f"{len(corrupt)} samples could not be read, max_corrupt allows {config.max_corrupt}; the last: "
                         f"{': '.join(corrupt[-1])}"
                     )
-        return _manifest(out, job, [indices[shard] for shard in shards])
+        return _manifest(out, job, [indices[shard] for shard in shards], len(source.damaged))
 
 
-def _manifest(out: Path, job: dict[str, Any], indices: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(out: Path, job: dict[str, Any], indices: list[dict[str, Any]], damaged: int) -> dict[str, Any]:
+    """Write it, if it is not there as it should be; `damaged` is what was found when the set was opened."""
     skipped = [damage for index in indices for _, _, damage in index["skipped"]]
     manifest = {
         "format": FORMAT,
         "job": job,
         "samples": sum(index["samples"] for index in indices),
-        "skipped": {"corrupt": sum(skipped), "unusable": len(skipped) - sum(skipped)},
+        "skipped": {"corrupt": damaged + sum(skipped), "unusable": len(skipped) - sum(skipped)},
         "shards": [{key: index[key] for key in ("file", "samples", "bytes", "sha256")} for index in indices],
     }
     if not (out / MANIFEST).exists() or read_json(out / MANIFEST) != manifest:
