@@ -216,7 +216,7 @@ def compare(point: Point) -> dict[str, Any]:
     peak = held + peak_of(stepper.step)
     foreseen = memory(training)
     return {
-        "op": "plan", "shape": point.name, "precision": point.precision, "checkpointing": point.checkpointing,
+        "op": "plan", "size": point.name, "precision": point.precision, "checkpointing": point.checkpointing,
         "step": training.step._asdict(),
         "kept": kept, "kept_planned": planned, "kept_ratio": sum(planned.values()) / sum(kept.values()),
         "peak": peak, "peak_planned": foreseen.peak, "peak_ratio": foreseen.peak / peak, "moment": foreseen.moment,

@@ -187,7 +187,7 @@ def _records(
         took = Spread.of(samples[name])
         ratio = Spread.of([theirs / ours for theirs, ours in zip(samples[name], samples[OURS])])
         records.append({
-            "op": "profile", "shape": size.name, **about, "contender": name, "median_ms": took.median * 1e3,
+            "op": "profile", "size": size.name, **about, "contender": name, "median_ms": took.median * 1e3,
             "quartiles_ms": [took.q1 * 1e3, took.q3 * 1e3], "rounds": len(samples[name]), "times_ours": ratio.median,
             "times_ours_quartiles": [ratio.q1, ratio.q3],
             "parts_ms": {part: [1e3 * each for each in both] for part, both in shares(run, places).items()},
@@ -201,7 +201,7 @@ def table(lines: Sequence[str]) -> str:
     rows = ["| size | what | ours, ms | the others' time over ours |", "|---|---|--:|---|"]
     groups: dict[tuple[str, str], dict[str, dict]] = {}
     for record in records:
-        groups.setdefault((record["shape"], record["mode"]), {})[record["contender"]] = record
+        groups.setdefault((record["size"], record["mode"]), {})[record["contender"]] = record
     for (shape, mode), of in groups.items():
         others = "; ".join(f"{name} {each['times_ours']:.2f}" for name, each in of.items() if name != OURS)
         rows.append(f"| {shape} | {mode} | {of[OURS]['median_ms']:.1f} | {others} ({of[OURS]['experts']}) |")
