@@ -143,10 +143,11 @@ def load(folder: Path) -> Device:
         with naming(path):
             text = path.read_text(encoding="utf-8")
             digest.update(text.encode())
-            files[path.stem], rest = results_of(text.splitlines())
+            results, rest = results_of(text.splitlines())
             ceilings += [each for each in rest if each["op"] == "ceilings"]
-        if files[path.stem]:
-            head = head or files[path.stem][0].ours
+        if results:  # a file may hold other records alone, such as a profile's
+            files[path.stem] = results
+            head = head or results[0].ours
     return Device(folder.name, files, ceilings, digest.hexdigest()[:16], head)
 
 

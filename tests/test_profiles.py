@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, measure, parts, plain, profiles
+from benchmarks import gpu, measure, parts, plain, profiles, results
 from benchmarks.cases import model as cases
 from benchmarks.profiles import Size, Step, difference, on_plain
 from unif2ace.configs import LossConfig, TokenMoEConfig
@@ -125,3 +125,8 @@ def test_stages_of_the_model_say_that_transformers_is_missing(tmp_path, monkeypa
     (tmp_path / "transformers").mkdir()
     stages = {stage.name: stage for stage in gpu.plan({"cuda": True}, tmp_path, dry_run=True, path=[str(tmp_path)])}
     assert stages["bench model.step base"].missing is None
+
+
+def test_the_report_leaves_records_of_other_kinds_alone(tmp_path):
+    (tmp_path / "profiles.jsonl").write_text(json.dumps({"op": "profile", "size": "tiny", "contender": "ours"}) + "\n")
+    assert results.load(tmp_path).files == {}
