@@ -92,6 +92,7 @@ def compare(ours, written_out, options, dtype, hidden, weight, bias, where):
     largest = [1.0 if each is None else 1 + each.abs().max().item() for each in (hidden, weight, bias)]
     size = max(largest) if weight is None else math.prod(largest) * hidden.shape[-1]  # of logits, that round
     assume(exact.isfinite() and exact.abs() < 1e4 and peer.isfinite())  # e^z of "unnormalized" is all there is beyond
+    size *= max(1.0, exact.abs().item())  # e^u of "unnormalized" is off by as much, relatively, as u absolutely
     assert_as_good(value + options["alpha"] * stats.score_constant, peer, exact, "loss", dtype=dtype, size=size)
     for name, g, p, e in zip(("hidden", "weight", "bias"), gradients, peer_gradients, exact_gradients):
         assume(p.isfinite().all())
