@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .case import OURS
-from .results import naming
+from .results import is_case, naming
 
 MARGIN = 1.05
 _CASE = ("op", "shape", "dtype", "mode")
@@ -39,7 +39,7 @@ def load(path: Path) -> Cases:
         with naming(file):
             for line in file.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
-                if "shape" in record:
+                if is_case(record):
                     found.setdefault(tuple(record[key] for key in _CASE), {})[record["contender"]] = record
     return {case: contenders for case, contenders in found.items() if OURS in contenders}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -61,6 +62,13 @@ def implementations(device_type: str) -> dict[str, str]:
     return {op: explain(op, tensor).implementation for op in registered_ops()}
 
 
+def without_folders(text: str) -> str:
+    """`text` without the folders of this machine: a file is named from the repository or its package on."""
+    return re.sub(
+        r"(?<![\w.])/(?:[^\s/\"']+/)*?(?:site-packages/|(?=[^\s/\"']+(?:[\s\"']|$)))", "", text.replace(f"{ROOT}/", "")
+    )
+
+
 def describe(device_type: str) -> dict[str, object]:
     """The fields that every result line carries."""
     import torch
@@ -74,5 +82,5 @@ def describe(device_type: str) -> dict[str, object]:
         "device_name": name,
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.run", *map(without_folders, sys.argv[1:])]),
     }

@@ -22,7 +22,10 @@ from .results import Device, Record, Result, devices, exponent, geometric_mean
 PAGES = Path("docs") / "results"
 README, BENCHMARKS = Path("README.md"), Path("benchmarks") / "README.md"
 PICTURES = ("ratio", "time", "floor", "roofline", "memory", "scaling")
-BEST = "best of the others"
+OTHER_TITLES = {
+    "plan": "Memory as planned and as measured (`python -m benchmarks.planned`)",
+    "profiles": "A training step and a generation by part (`python -m benchmarks.profiles`)",
+}
 
 
 def marked(text: str, marker: str, part: str) -> str:
@@ -170,14 +173,15 @@ def ceilings(device: Device) -> str:
 
 def sources(device: Device) -> str:
     """The result files, and how each was made."""
-    titles = {suite.name: suite.title for suite in SUITES}
+    titles = {**{suite.name: suite.title for suite in SUITES}, **OTHER_TITLES}
+    files = {name: (len(results), results[0].ours) for name, results in device.files.items()}
+    files |= {name: (len(records), records[0]) for name, records in device.others.items()}
     rows = []
-    for name, results in device.files.items():
-        first = results[0].ours
+    for name, (count, first) in sorted(files.items()):
         dirty = " with changes" if first["dirty"] else ""
         rows.append(
             [f"[{name}.jsonl](../../benchmarks/results/{device.name}/{name}.jsonl)", titles.get(name, ""),
-             str(len(results)), f"{str(first['commit'])[:10]}{dirty}", first["date"][:10],
+             str(count), f"{str(first['commit'])[:10]}{dirty}", first["date"][:10],
              f"`{first['command'].partition(' --json')[0]}`"]
         )  # fmt: skip
     return table(["file", "what", "cases", "commit", "date", "command"], rows)
@@ -193,7 +197,7 @@ def device_page(device: Device) -> str:
     parts = [
         f"# Results: {device.name}",
         f"{machine(device)}. {ceilings(device) if device.ceilings else ''}",
-        "Made by `python -m benchmarks.report` from the files below. A ratio is the other's time over ours, taken round "
+        "Made by `make report` from the files below. A ratio is the other's time over ours, taken round "
         "by round, with its quartiles: below 1, ours is slower. A contender with a * does other work of the same kind "
         "(a yardstick) and was not compared. The floor of a case is the larger of its FLOPs over the matrix rate and "
         "its bytes over the copy rate, both measured in the same run.",

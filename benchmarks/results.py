@@ -18,6 +18,7 @@ from .environment import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 _CASE = ("op", "shape", "dtype", "mode")
+_NO_CASES = ("ceilings", "plan", "profile")  # records of other kinds: what a device can, planned.py's, profiles.py's
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Device:
     """A folder of result files.
 
     Attributes:
-        name: of the folder; files: of each, its results in order.
+        name: of the folder; files: of each, its results in order; others: files with records of another kind.
         ceilings: the records of what the device can do at best, one a file.
         digest: of the files' contents.
     """
@@ -82,6 +83,7 @@ class Device:
     ceilings: list[Record]
     digest: str
     head: Record = field(default_factory=dict)
+    others: dict[str, list[Record]] = field(default_factory=dict)
 
     @property
     def results(self) -> list[Result]:
@@ -110,13 +112,18 @@ class Device:
         return max((each["matmul_flops_per_s"][name] for each in self.ceilings), default=math.nan)
 
 
+def is_case(record: Record) -> bool:
+    """Whether a line is of a case (see run.py)."""
+    return record["op"] not in _NO_CASES
+
+
 def results_of(lines: Iterable[str]) -> tuple[list[Result], list[Record]]:
     """A file's results, and its other records. A case that was measured twice counts as it was the last time."""
     cases: dict[tuple, dict[str, Record]] = {}
     rest = []
     for line in lines:
         record = json.loads(line)
-        if "shape" in record:
+        if is_case(record):
             cases.setdefault(tuple(record[key] for key in _CASE), {})[record["contender"]] = record
         else:
             rest.append(record)
@@ -138,17 +145,19 @@ def load(folder: Path) -> Device:
     Raises:
         ValueError: names the file that is damaged.
     """
-    files, ceilings, digest, head = {}, [], hashlib.sha256(), {}
+    files, others, ceilings, digest, head = {}, {}, [], hashlib.sha256(), {}
     for path in sorted(folder.glob("*.jsonl")):
         with naming(path):
             text = path.read_text(encoding="utf-8")
             digest.update(text.encode())
             results, rest = results_of(text.splitlines())
             ceilings += [each for each in rest if each["op"] == "ceilings"]
-        if results:  # a file may hold other records alone, such as a profile's
+        if results:
             files[path.stem] = results
             head = head or results[0].ours
-    return Device(folder.name, files, ceilings, digest.hexdigest()[:16], head)
+        elif rest:
+            others[path.stem] = rest
+    return Device(folder.name, files, ceilings, digest.hexdigest()[:16], head, others)
 
 
 def devices(folder: Path = RESULTS) -> list[Device]:

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from .case import OURS, TRAINING, Baseline, Case, Run, Work
-from .environment import describe
+from .environment import describe, without_folders
 from .measure import (
     MAX_ROUNDS,
     ContenderError,
@@ -114,7 +114,7 @@ def _admit(contender: Baseline, work: Work, compiling: bool) -> Record:
 
 def _raised(error: BaseException | None, *, ours: bool) -> Record:
     """The verdict on a contender that raised: ours is broken, another one is not to be had here."""
-    return {"status": ERROR if ours else MISSING, "reason": f"{type(error).__name__}: {error}"[:2000]}
+    return {"status": ERROR if ours else MISSING, "reason": without_folders(f"{type(error).__name__}: {error}")[:2000]}
 
 
 def _time(

@@ -16,7 +16,7 @@ import torch
 from benchmarks import compare, measure, run
 from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error_against, relative_error, truth_of
 from benchmarks.cases import CASES
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, without_folders
 from benchmarks.measure import Spread, counted, interleaved, peak_bytes, rotated, saved_bytes
 
 CPU = torch.device("cpu")
@@ -239,6 +239,19 @@ def test_micro_cases_run_without_being_timed() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/micro.py", "--benchmark-disable", "-k", "gumbel"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr  # 5 would be: no test of that name
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (f"--json {ROOT}/benchmarks/x.jsonl", "--json benchmarks/x.jsonl"),
+        ("/home/me/out.jsonl", "out.jsonl"),
+        ('File "/a/lib/site-packages/torch/nn/f.py", line 3', 'File "torch/nn/f.py", line 3'),
+        ("1 / 2 of a/b at 3/4", "1 / 2 of a/b at 3/4"),
+    ],
+)
+def test_results_name_no_folder_of_the_machine(said: str, kept: str) -> None:
+    assert without_folders(said) == kept
 
 
 def test_registry_is_complete_and_unambiguous() -> None:

@@ -41,6 +41,7 @@ def device(tmp_path) -> Device:
         *(record("toy.c", "ours", 3.0 * n**2, 1.0, shape=f"scaling N{n}", axis="N", at=n) for n in (1, 4, 2)),
         {"op": "ceilings", "copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 2e11, "bfloat16": 3e11}},
     ]  # fmt: skip
+    (folder / "plan.jsonl").write_text(json.dumps({**record("plan", "ours", 1.0, 1.0), "peak": 5}))
     (folder / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return load(folder)
 
@@ -55,6 +56,7 @@ def test_the_best_peer_gives_the_same_and_is_not_ours(device) -> None:
     rows = report.overview(device).splitlines()[2:]
     assert rows[0].startswith("| `toy.a` | forward | 1 | 1.50 | 1.50 | 1.50 | 50 % | quick at demo |")
     assert "| absent | missing | not here | 1 |" in report.absences(device)
+    assert "plan.jsonl" in report.sources(device) and "plan" not in device.files
 
 
 def test_series_are_fitted_in_order_and_are_no_results(device) -> None:
