@@ -152,7 +152,7 @@ def refused(folder, *words, **options):
 def test_files_that_are_not_the_published_ones(tmp_path):
     folder = toy_faces.write(tmp_path / "antelopev2")
     found = sums(folder)
-    refused(folder, "scrfd_10g_bnkps.onnx is not the file expected", found[NAMES[0]], "5838f7fe0536", "SHA256SUMS beside it")
+    refused(folder, "scrfd_10g_bnkps.onnx is not the file expected", found[NAMES[0]], "5838f7fe0536", "into SHA256SUMS")
     refused(folder, "glintr100.onnx is not the file expected", "4ab1d6435d63", sha256={NAMES[0]: found[NAMES[0]]})
     refused(folder, "glintr100.onnx", "0" * 64, sha256=found | {NAMES[1]: "0" * 64})
     refused(folder, "expected NAME=HEX", sha256={NAMES[0]: "12"})
