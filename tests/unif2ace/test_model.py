@@ -330,3 +330,17 @@ def test_bf16_autocast_stays_near_float32(config):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad, _ in gradients)
     a, b = (torch.cat([pair[i].flatten() for pair in gradients]) for i in (0, 1))
     assert F.cosine_similarity(a, b, dim=0) > 0.98
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_training_step_on_cuda_waits_for_nothing(config):
+    """Where things are in a batch was found before it left the host."""
+    model, batch = UniF2aceForConditionalGeneration(config).cuda(), tiny.single(tiny.mixed(config=config)).to("cuda")
+    for _ in range(2):
+        model(**vars(batch)).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**vars(batch)).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -62,16 +62,10 @@ class TextPrefix:
         if self.model.injection is not None:
             injected = weight.new_zeros(rows, 3, config.image_tokens, config.hidden_size)
         self._context = Context(
-            Visibility.everything(self._seen),
-            "sdpa",
-            self._table,
-            None,
-            task,
-            None,
-            task[:rows],
-            slice(1, -1),
-            injected,
-        )
+            visibility=Visibility.everything(self._seen), attention=config._attn_implementation or "sdpa",
+            table=self._table, real=None, real_task=task, rows=None, image_task=task[:rows], image=slice(1, -1),
+            injected=injected,
+        )  # fmt: skip
 
     def at(self, rows: torch.Tensor) -> TextPrefix:
         """The captions at `rows`, in a cache of their own; one may come several times."""
@@ -90,7 +84,9 @@ class TextPrefix:
         task = torch.full((len(real),), T2I, device=prompts.device)
         no_image = torch.full((len(prompts),), -1, device=prompts.device)
         visibility = Visibility(seen, torch.full_like(no_image, T2I), no_image, model.config.image_tokens)
-        context = Context(visibility, "sdpa", table, real, task, None, task[:0], None, None)
+        context = Context(
+            visibility, model.config._attn_implementation or "sdpa", table, real, task, None, task[:0], None, None
+        )
         x = model.embedding(prompts)
         cache = []
         for index, block in enumerate(cast(list[Block], model.blocks)):
