@@ -161,8 +161,9 @@ def test_paint_ask_and_paint_anew_in_a_browser(server, browser, tmp_path, monkey
 
     page.tab("Paint anew")
     page.page.click("#take")
-    page.page.wait_for_selector("#editor canvas", timeout=60_000)
+    page.page.locator("#hint").get_by_text("Draw over the part").wait_for(timeout=60_000)
     page.page.locator("#box textarea, #box input").first.fill("50, 50, 100, 100")
+    page.page.locator("#anew-prompt textarea").fill("light hair")
     page.page.click("#repaint")
     page.done()
     anew = page.picture(0)

@@ -104,6 +104,7 @@ def page(studio: Studio) -> gr.Blocks:
                 )
                 use = gr.Button("Take the face painted last", size="sm", elem_id="take")
                 face = gr.State()
+                hint = gr.Markdown("Give a picture, or take the face painted last.", elem_id="hint")
                 editor = gr.ImageEditor(
                     label="Draw over what is to be painted anew", sources=[], layers=False, transforms=(),
                     type="numpy", brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=40),
@@ -114,12 +115,12 @@ def page(studio: Studio) -> gr.Blocks:
                     elem_id="box",
                 )  # fmt: skip
             with gr.Column(scale=3):
-                words = gr.Textbox(FIRST, label="What should the face be like?", lines=2)
+                words = gr.Textbox(FIRST, label="What should the face be like?", lines=2, elem_id="anew-prompt")
                 options = sampling_options()
                 again = gr.Button("Paint anew", variant="primary", elem_id="repaint")
                 repainted = pictures("Result")
-            source.upload(_framing(studio), source, [face, editor])
-            use.click(_framing_painted(studio), painted[0], [face, editor])
+            source.upload(_framing(studio), source, [face, editor, hint])
+            use.click(_framing_painted(studio), painted[0], [face, editor, hint])
             again.click(
                 _steps(lambda *given: studio.repaint(given[0], _drawn(*given[:3]), *given[3:])),
                 [face, editor, box, words, *options], repainted, concurrency_id="model",
@@ -160,7 +161,8 @@ def _framing(studio: Studio):
             face = studio.face(picture)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return face, {"background": enlarged(face), "layers": [], "composite": None}
+        drawn_on = {"background": enlarged(face), "layers": [], "composite": None}
+        return face, drawn_on, "Draw over the part that is to be painted anew, or give a box."
 
     return event
 
