@@ -105,7 +105,8 @@ class Checkpoint:
         folder = Path(folder)
         config = read_config(folder)
         processor = _read_processor(folder)
-        model = read_model(folder, config, dtype).to(device)
+        model = read_model(folder, config, dtype)
+        model.to(torch.device(device))  # type: ignore[arg-type]
         text, wanted = processor.text.size, config.vocabulary.text
         if text > wanted:
             raise UserError(

@@ -27,7 +27,8 @@ class Learned:
         torch.set_num_threads(1)
         self.text = tiny.text_tokenizer()
         self.config = UniF2aceConfig(
-            vocabulary=VocabularyConfig(self.text.size, 64), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_tokens=16,
+            vocabulary=VocabularyConfig(self.text.size, 64), hidden_size=32, num_hidden_layers=2,
+            num_attention_heads=4, image_tokens=16,
             text_slots=48, identity=6, semantic=5, token_moe=tiny.CONFIG.token_moe,
             sequence_moe=tiny.CONFIG.sequence_moe,
         )  # fmt: skip

@@ -88,7 +88,9 @@ def test_a_step_of_both_moves_every_parameter():
 
 
 def test_rates_are_the_configs():
-    muon, adamw = build(UniF2aceForConditionalGeneration(tiny.CONFIG), OptimizerConfig(lr=0.5, matrix_lr=0.25, weight_decay=0.125))
+    muon, adamw = build(
+        UniF2aceForConditionalGeneration(tiny.CONFIG), OptimizerConfig(lr=0.5, matrix_lr=0.25, weight_decay=0.125)
+    )
     assert {group["lr"] for group in muon.param_groups} == {0.25}
     assert {group["lr"] for group in adamw.param_groups} == {0.5}
     assert {group["weight_decay"] for each in (muon, adamw) for group in each.param_groups} == {0.125}

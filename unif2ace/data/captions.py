@@ -69,11 +69,10 @@ def told(text: str) -> np.ndarray:
     classes = np.full(len(NAMES), -1)
     for part in text.partition(" with ")[2].split(","):
         words = part.split()
+        named, parts = _PHRASES, [" ".join(words)]
         if words[-1:] == ["background"]:
-            named = {name: [(word,) for word in ATTRIBUTES[NAMES.index(name)].words] for name in _BACKGROUND}
-            parts = words[:-1]
-        else:
-            named, parts = _PHRASES, [" ".join(words)]
+            adjectives = {name: ATTRIBUTES[NAMES.index(name)].words for name in _BACKGROUND}
+            named, parts = {name: tuple((each,) for each in told) for name, told in adjectives.items()}, words[:-1]
         for name, options in named.items():
             for value, phrases in enumerate(options):
                 if any(phrase in parts for phrase in phrases):
