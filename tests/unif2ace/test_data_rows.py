@@ -91,7 +91,8 @@ def test_a_caption_answers_a_request_to_describe(text, model):
 
 def test_what_does_not_fit_after_others_is_left_whole_for_another_row(text, model):
     room = len(text.encode("how is the hair?")) + len(text.encode("dark")) + 1
-    rows = maker(text, model, describe=(), text_length=room + 2)
+    second = len(text.encode("and the mouth?"))  # this question has room, its answer and end have not
+    rows = maker(text, model, describe=(), text_length=room + second + 1)
     told = Counter()
     pairs = said(rows.mmu(sample(conversations=TALK[:1]), rng(), told), text)
     assert pairs == [TALK[0][0]] and told == {"dropped": 1}
@@ -191,6 +192,9 @@ def test_masks_hang_on_the_step_and_the_place_alone(text, model):
     alone = [rows.t2i(sample(), rng(n), mask_prob[n], n, Counter()) for n in (5, 2)]
     part = rows.collate(alone, [], [], 2)
     assert torch.equal(part.input_ids, batch.input_ids[[5, 2], : part.input_ids.shape[1]])
+    half = [rows.t2i(sample(), rng(), torch.tensor(0.5), place, Counter()) for place in range(12)]
+    masks = rows.collate(half, [], [], 2).labels != IGNORE
+    assert len({tuple(each) for each in masks.tolist()}) > 2, "each row has places of its own"
     other = rows.collate(alone, [], [], 3)
     assert not torch.equal(part.input_ids, other.input_ids)
 
