@@ -25,6 +25,7 @@ EXTRAS = {
         "tokenizers",
         "safetensors",
         "transformers",
+        "pyyaml",
     ],
     # antelopev2 and arcface-mbf; their runtime="insightface" is `pip install --no-deps insightface` beside it
     "faces": ["numpy", "opencv-python-headless", "onnxruntime", "onnx", "scikit-image"],
