@@ -34,10 +34,11 @@ from unif2ace.data.dataset import FaceSet, build_faces
 from unif2ace.errors import UserError
 from unif2ace.evaluation import quality, report
 from unif2ace.files import digest, read_json, replacing, write_json
-from unif2ace.model import attention, image_tokenizer, modeling, sequence_moe, sequences
+from unif2ace.model import attention, blocks, image_tokenizer, modeling, sequence_moe, sequences, visibility
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.safety import card
 from unif2ace.training import loop, optimizers
 from unif2ace.training import recipe as recipes
 from unif2ace.training.loop import Schedule, fit
@@ -117,6 +118,7 @@ def run(settings: DemoSettings, folder: Path) -> None:
     passed = dict(zip(("painted", "answered"), report.passed(results)))
     numbers = {"faces": len(faces), **results.numbers, "passed": passed, "seconds": timer.seconds}
     write_json(folder / "results.json", numbers)
+    card.write(folder / "checkpoint", folder / "results.json")
     print(report.summary(results, timer.seconds, time.monotonic() - began))
     print(f"report: {folder / 'report.html'}")
 
@@ -195,7 +197,7 @@ def _model(
     )
     schedule = Schedule(settings.model_steps)
     data = (encoded.codes, encoded.semantic, encoded.identity, torch.from_numpy(encoded.classes))
-    modules = (attention, modeling, sequence_moe, sequences, loop, optimizers, recipes)
+    modules = (attention, blocks, modeling, sequence_moe, sequences, visibility, loop, optimizers, recipes)
     name = fingerprint(
         config, schedule, settings.optimizer, settings.recipe, settings.seed,
         of=[*(each.numpy().tobytes() for each in data), text.tokenizer.to_str().encode(), captions, *modules],

@@ -20,7 +20,7 @@ from unif2ace_kernels import _library  # noqa: E402
 
 # The fixtures that every test has (seeds, NaN in new memory) need no fresh start for each example.
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-settings.register_profile("quick", max_examples=30, derandomize=True, database=None, **_COMMON)
+settings.register_profile("quick", max_examples=15, derandomize=True, database=None, **_COMMON)
 settings.register_profile("long", max_examples=400, **_COMMON)
 settings.load_profile(os.environ.get("UNIF2ACE_FUZZ", "quick"))
 

@@ -174,6 +174,7 @@ def test_paint_ask_and_paint_anew_in_a_browser(server, browser, tmp_path, monkey
 
 
 @in_a_browser
+@pytest.mark.slow  # a browser and a server of its own, under many workers
 def test_what_cannot_be_done_is_said_on_the_page(server, browser):
     page = Page(browser, server.url)
     page.page.locator("#paint-prompt textarea").fill("hair " * 100)
@@ -185,6 +186,7 @@ def test_what_cannot_be_done_is_said_on_the_page(server, browser):
 
 
 @in_a_browser
+@pytest.mark.slow  # a browser and a server of its own, under many workers
 def test_no_browser_may_fetch_from_elsewhere(server, browser):
     """The policy is sent, and it is the browser that holds to it."""
     policy = urllib.request.urlopen(server.url).headers["content-security-policy"]

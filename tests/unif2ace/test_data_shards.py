@@ -248,3 +248,13 @@ def test_features_are_left_where_they_are_when_nobody_wants_them(folder):
     assert np.array_equal(sample.codes, source.read(7, features=False).codes) and sample.key == "face-7"
     with pytest.raises(SampleError, match="its bytes are not those"):
         source.read(7)
+
+
+def test_a_foreign_shard_whose_first_sample_is_damaged_is_refused(tmp_path):
+    """By it the fields of all others are read."""
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        member = tarfile.TarInfo("0.json")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"{x:"))
+    with pytest.raises(UserError, match="first sample of .*some.tar.*damaged .*not JSON"):
+        ShardSource(tmp_path / "some.tar")

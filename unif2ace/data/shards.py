@@ -150,7 +150,13 @@ class ShardSource(Source):
         if not len(self):
             raise UserError(f"{where}.path: {path} holds no samples")
         if self.manifest is None:
-            record, _ = self._foreign(self._read(0, 0)[1], f"{where}: {path}")
+            try:
+                record, _ = self._foreign(self._read(0, 0)[1], f"{where}: {path}")
+            except SampleError as error:
+                raise UserError(
+                    f"{where}.path: the first sample of {path}, whose fields name all others', is damaged "
+                    f"({error.reason}): copy it again"
+                ) from error
             check_fields(record, fields, f"{where}: {path}")
 
     def _index(self) -> None:
