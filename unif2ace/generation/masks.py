@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
 from unif2ace.errors import UserError
@@ -60,6 +59,8 @@ def blended(kept: np.ndarray, painted: np.ndarray, mask: Mask) -> np.ndarray:
         kept, painted: [side, side, 3] uint8.
         mask: [side, side].
     """
+    import cv2  # where a picture is blended alone: what paints whole faces needs no OpenCV
+
     width = max(1, round(FEATHER * mask.shape[0]))
     # the picture's own edge is no border: what lies beyond it is as the pixels beside it
     room = cv2.copyMakeBorder(mask.astype(np.uint8), width, width, width, width, cv2.BORDER_REPLICATE)

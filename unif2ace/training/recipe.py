@@ -49,7 +49,7 @@ class RecipeConfig:
 
     t2i: int = 24
     mmu: int = 20
-    captions: int = 4
+    captions: int = 2
     questions: int = 3
     guidance_dropout: float = 0.1
     seed: int = 0
