@@ -29,7 +29,13 @@ from .stages import Stage, run_stages, summary
 NO_CUDA = "no CUDA device"
 CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
 _PYTHON = sys.executable
-_OF_MODEL = ("model.step", "model.block", "model.forward", "sampling.generate", "transformers.experts")  # need transformers
+_OF_MODEL = (
+    "model.step",
+    "model.block",
+    "model.forward",
+    "sampling.generate",
+    "transformers.experts",
+)  # need transformers
 
 _REPORT = """
 import json, torch
