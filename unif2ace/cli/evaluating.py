@@ -11,7 +11,7 @@ def add_ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("demo", type=Path, help="folder of a demo run: its faces and tokenizers are taken")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study; one that is there goes on")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
-    parser.add_argument("--steps", type=int, default=200, help="of training, each run (default: 200)")
+    parser.add_argument("--steps", type=int, default=110, help="of training, each run (default: 110)")
     parser.add_argument("--only", default="", help="variants whose name begins so")
     parser.set_defaults(run=_ablate)
 

@@ -64,12 +64,12 @@ class Study:
         batches: of 128 rows of each task, for the losses.
     """
 
-    steps: int = 200
+    steps: int = 110
     recipe: RecipeConfig = RecipeConfig(t2i=12, mmu=10, captions=1)
     optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig()
-    faces: int = 100
-    prompts: int = 96
-    batches: int = 2
+    faces: int = 80
+    prompts: int = 72
+    batches: int = 1
     paint: PaintSettings = PaintSettings(steps=12)
 
 
