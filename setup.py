@@ -34,6 +34,8 @@ EXTRAS = {
     "app": ["gradio>=6.20"],
     # sets in parquet files and in folders of Hugging Face's datasets; JSON and shards need nothing
     "data": ["pyarrow", "datasets"],
+    # what shows a training run beside its log
+    "watch": ["tensorboard", "wandb"],
     "docs": ["mkdocs-material", "mkdocstrings[python]", "latex2mathml"],
     "dev": [
         "mkdocs-material",
@@ -56,6 +58,7 @@ EXTRAS = {
         "scipy",
         "pybind11",
         "setuptools",
+        "tensorboard",
         "transformers",
         "triton; platform_system == 'Linux'",
     ],
