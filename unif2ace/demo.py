@@ -11,9 +11,7 @@ Each stage leaves a file in the run's folder; a run that was stopped, or is star
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
 import json
 import os
 import time
@@ -24,17 +22,14 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.configs import UniF2aceConfig, VocabularyConfig
 from unif2ace.data import captions
 from unif2ace.data.dataset import FaceSet, build_faces
-from unif2ace.errors import UserError
 from unif2ace.evaluation import quality, report
-from unif2ace.files import digest, read_json, replacing, write_json
-from unif2ace.model import attention, blocks, image_tokenizer, modeling, sequence_moe, sequences, visibility
+from unif2ace.files import digest, read_json, write_json
+from unif2ace.model import attention, blocks, modeling, sequence_moe, sequences, visibility
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.text_tokenizer import TextTokenizer
@@ -42,7 +37,8 @@ from unif2ace.safety import card
 from unif2ace.training import loop, optimizers
 from unif2ace.training import recipe as recipes
 from unif2ace.training.loop import Schedule, fit
-from unif2ace.training.recipe import TOKENIZER, EncodedFaces, Recipe, RecipeConfig, initialise_codes
+from unif2ace.training.recipe import EncodedFaces, Recipe, RecipeConfig, initialise_codes
+from unif2ace.training.tokenizer import TokenizerRecipe, trained_image_tokenizer
 
 THREADS = 2
 
@@ -53,26 +49,25 @@ class DemoSettings:
 
     Attributes:
         faces, held_out: faces made, and how many of them are kept from training.
-        tokenizer_steps, model_steps: training steps.
+        tokenizer: how the image tokenizer is trained.
+        model_steps: training steps.
         prompts: random prompts to paint.
     """
 
     faces: int
     held_out: int
-    tokenizer_steps: int
     model_steps: int
     prompts: int
-    tokenizer_batch: int = 16
-    tokenizer_lr: float = 4e-3
+    tokenizer: TokenizerRecipe = TokenizerRecipe(steps=1500)
     optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig()
     recipe: RecipeConfig = RecipeConfig()
     seed: int = 0
 
 
-FULL = DemoSettings(faces=2700, held_out=300, tokenizer_steps=1500, model_steps=600, prompts=96)
-SMALL = DemoSettings(faces=96, held_out=32, tokenizer_steps=60, model_steps=12, prompts=12)
+FULL = DemoSettings(faces=2700, held_out=300, model_steps=600, prompts=96)
+SMALL = DemoSettings(faces=96, held_out=32, model_steps=12, prompts=12, tokenizer=TokenizerRecipe(steps=60))
 
-_SETTINGS = (ImageTokenizerConfig, UniF2aceConfig, Schedule, RecipeConfig, optimizers.OptimizerConfig)
+_SETTINGS = (UniF2aceConfig, Schedule, RecipeConfig, optimizers.OptimizerConfig)
 
 
 class Timer:
@@ -137,42 +132,10 @@ def _faces(settings: DemoSettings, folder: Path) -> tuple[FaceSet, bool]:
 
 
 def _tokenizer(settings: DemoSettings, folder: Path, faces: FaceSet) -> tuple[ImageTokenizer, bool]:
-    config = ImageTokenizerConfig()
-    torch.manual_seed(settings.seed)
-    tokenizer = ImageTokenizer(config)
-    average = copy.deepcopy(tokenizer).eval()
-    schedule = Schedule(settings.tokenizer_steps)
-    shaping = (config, schedule, settings.tokenizer_batch, settings.tokenizer_lr, settings.seed, faces.settings)
-    name = fingerprint(*shaping, of=[image_tokenizer, loop, inspect.getsource(_tokenizer).encode()])
-    path = folder / f"tokenizer-{name}.safetensors"
-    if path.exists():
-        try:
-            average.load_state_dict(load_file(path))
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged; delete it to train it again") from error
-        return average, False
-    images = to_images(torch.from_numpy(faces.images[faces.train]))
-
-    def loss(step: int):
-        rng = np.random.default_rng((settings.seed, TOKENIZER, step))
-        batch = images[rng.integers(len(images), size=settings.tokenizer_batch)]
-        if rng.random() < 0.5:
-            batch = batch.flip(3)
-        with torch.autocast("cpu", torch.bfloat16):
-            return tokenizer.loss(batch)
-
-    optimizer = torch.optim.AdamW(
-        tokenizer.parameters(), lr=settings.tokenizer_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    state = folder / "tokenizer_state.pt"
-    log = fit(tokenizer, [optimizer], loss, schedule, state, name="tokenizer", fingerprint=name, ema=average)
-    write_json(folder / "tokenizer_log.json", log)
-    for old in folder.glob("tokenizer-*.safetensors"):  # one tokenizer, the one that the log is of
-        old.unlink()
-    with replacing(path) as partial:
-        partial.write_bytes(save(average.state_dict()))
-    state.unlink()
-    return average, True
+    return trained_image_tokenizer(
+        lambda: faces.images[faces.train], ImageTokenizerConfig(), settings.tokenizer, folder,
+        of=faces.settings, seed=settings.seed,
+    )  # fmt: skip
 
 
 def encode(tokenizer: ImageTokenizer, faces: FaceSet) -> EncodedFaces:

@@ -1,8 +1,8 @@
 """Faces to discrete codes and back: a small autoencoder with lookup-free quantisation (LFQ).
 
-Each 8 x 8 patch's latent has `bits` channels; the signs are the code, code = sum_i [z_i > 0] 2^i, so that there is no
-codebook to look up (Yu et al., "Language model beats diffusion", 2023). Encoder and decoder are convolutions at 16 x 16
-and 8 x 8. Faces are aligned, so both also learn what each position usually holds (the `*_position` maps).
+Each patch's latent has `bits` channels; the signs are the code, code = sum_i [z_i > 0] 2^i, so that there is no
+codebook to look up (Yu et al., "Language model beats diffusion", 2023). Encoder and decoder are convolutions at two
+scales. Faces are aligned, so both also learn what each position usually holds (the `*_position` maps). 64 px, patch 8:
 
     [B, 3, 64, 64] -> unshuffle 4 -> [B, c, 16, 16] -> unshuffle 2 -> [B, C, 8, 8] -> [B, bits, 8, 8] -> signs
 """
@@ -18,18 +18,27 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """Sizes: image side in pixels, code bits, channels at 1/4 and at 1/8 of the side, residual blocks at 1/8."""
+    """Sizes.
+
+    Attributes:
+        side: of an image in pixels.
+        bits: of a code.
+        fine, coarse: channels at two positions a patch's side, and at one.
+        blocks: residual blocks at one position a patch.
+        patch: side of what a code stands for, in pixels.
+    """
 
     side: int = 64
     bits: int = 10
     fine: int = 32
     coarse: int = 128
     blocks: int = 2
+    patch: int = 8
 
     @property
     def grid(self) -> int:
         """Codes a side."""
-        return self.side // 8
+        return self.side // self.patch
 
     @property
     def codes(self) -> int:
@@ -55,9 +64,16 @@ class ImageTokenizer(nn.Module):
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
+        if config.patch < 4 or config.patch % 4:
+            raise ValueError(f"patch: expected a multiple of 4, got {config.patch}")
+        if config.side < config.patch or config.side % config.patch:
+            raise ValueError(f"side: expected a multiple of the patch, {config.patch}, got {config.side}")
+        for name in ("fine", "coarse"):
+            if getattr(config, name) < 8 or getattr(config, name) % 8:
+                raise ValueError(f"{name}: expected a multiple of 8, got {getattr(config, name)}")
         self.config = config
         fine, coarse, bits, grid = config.fine, config.coarse, config.bits, config.grid
-        self.encode_fine = nn.Sequential(nn.Conv2d(48, fine, 3, padding=1), Residual(fine))
+        self.encode_fine = nn.Sequential(nn.Conv2d(3 * (config.patch // 2) ** 2, fine, 3, padding=1), Residual(fine))
         self.encode_down = nn.Conv2d(4 * fine, coarse, 1)
         self.encode_position = nn.Parameter(torch.randn(coarse, grid, grid) * 0.02)
         self.encode_coarse = nn.Sequential(*(Residual(coarse) for _ in range(config.blocks)))
@@ -67,11 +83,11 @@ class ImageTokenizer(nn.Module):
         self.decode_coarse = nn.Sequential(*(Residual(coarse) for _ in range(config.blocks)))
         self.decode_up = nn.Conv2d(coarse, 4 * fine, 1)
         self.decode_fine = nn.Sequential(Residual(fine), nn.SiLU(), nn.Conv2d(fine, 4 * fine, 1))
-        self.to_pixels = nn.Conv2d(fine, 12, 3, padding=1)
+        self.to_pixels = nn.Conv2d(fine, 3 * (config.patch // 4) ** 2, 3, padding=1)
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """[B, bits, grid, grid] before quantisation."""
-        x = F.pixel_unshuffle(images.contiguous(memory_format=torch.channels_last), 4)
+        x = F.pixel_unshuffle(images.contiguous(memory_format=torch.channels_last), self.config.patch // 2)
         x = F.pixel_unshuffle(self.encode_fine(x), 2)
         return self.to_bits(self.encode_coarse(self.encode_down(x) + self.encode_position))
 
@@ -80,7 +96,7 @@ class ImageTokenizer(nn.Module):
         x = self.from_bits(signs.contiguous(memory_format=torch.channels_last)) + self.decode_position
         x = F.pixel_shuffle(self.decode_up(self.decode_coarse(x)), 2)
         x = F.pixel_shuffle(self.decode_fine(x), 2)
-        return F.pixel_shuffle(self.to_pixels(x), 2)
+        return F.pixel_shuffle(self.to_pixels(x), self.config.patch // 4)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
