@@ -1,0 +1,212 @@
+"""What a model is evaluated on: faces in its frame, with the captions, questions and attributes that are known of them.
+
+From any set of `unif2ace.data` sources, or from a demo run's faces.npz, whose held-out faces are taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from unif2ace.attributes.base import Attribute, AttributeSource
+from unif2ace.attributes.categories import CATEGORIES, phrases
+from unif2ace.data import captions
+from unif2ace.data.attributes import ATTRIBUTES
+from unif2ace.data.config import SetConfig
+from unif2ace.data.dataset import FaceSet
+from unif2ace.data.encode import face_frame, square_frame
+from unif2ace.data.samples import Sample, SampleError
+from unif2ace.data.sources import open_source
+from unif2ace.errors import UserError
+from unif2ace.files import digest
+from unif2ace.training.recipe import EVALUATION
+
+OTHER = "other"  # of a question whose category is not known
+Told = Callable[[str], dict[str, str]]
+
+
+class Question(NamedTuple):
+    """A question with every answer that counts, the category that it is on and that one's kind."""
+
+    text: str
+    references: tuple[str, ...]
+    category: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Face:
+    """Attributes:
+    key: its name, its own in the set.
+    image: [side, side, 3] uint8 RGB in the model's frame.
+    captions, questions: what is known to be right of it; () for nothing.
+    """
+
+    key: str
+    image: np.ndarray
+    captions: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass
+class Faces:
+    """A set.
+
+    Attributes:
+        name: for the report. fingerprint: of what is in it.
+        told: caption to the attributes that it tells, by category.
+        source: measures attributes of pictures; None where nothing is known that does.
+        left_out: (where, reason) of samples that could not be used.
+    """
+
+    name: str
+    fingerprint: str
+    items: list[Face]
+    told: Told
+    source: AttributeSource | None = None
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def captioned(self) -> list[Face]:
+        return [each for each in self.items if each.captions]
+
+    @property
+    def asked(self) -> list[Face]:
+        return [each for each in self.items if each.questions]
+
+
+class Measured:
+    """The demo's attributes, measured in fixed regions and cut at its training faces' quantiles."""
+
+    name = "measured in fixed regions"
+    categories = {each.name: each.words for each in ATTRIBUTES}
+
+    def __init__(self, faces: FaceSet) -> None:
+        self._faces = faces
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[list[Attribute]]:
+        classes = self._faces.classify(np.stack(images)) if len(images) else []
+        return [
+            [Attribute(each.name, each.words[value], 1.0) for each, value in zip(ATTRIBUTES, row)] for row in classes
+        ]
+
+
+# What a single picture shows of the demo's attributes, in the paper's three kinds.
+_KINDS = {"mouth": "action", "facing": "action"}
+
+
+def demo_faces(path: Path, limit: int, seed: int) -> Faces:
+    """The held-out faces of a demo run's faces.npz, a question on each attribute of each."""
+    faces = FaceSet.load(path)
+    rng = np.random.default_rng((seed, EVALUATION))
+    items = []
+    for index in faces.test[:limit]:
+        classes = faces.classes[index]
+        asked = []
+        for number, each in enumerate(ATTRIBUTES):
+            text, answer = captions.question_answer(classes, number, rng)
+            asked.append(Question(text, (answer,), each.name, _KINDS.get(each.name, "appearance")))
+        items.append(Face(f"face-{index}", faces.images[index], (captions.full_caption(classes),), tuple(asked)))
+
+    def told(text: str) -> dict[str, str]:
+        found = captions.told(text)
+        return {each.name: each.words[value] for each, value in zip(ATTRIBUTES, found) if value >= 0}
+
+    fingerprint = digest(faces.images[faces.test[:limit]].tobytes(), str(seed).encode())
+    return Faces("held-out faces of a demo run", fingerprint, items, told, Measured(faces))
+
+
+def open_faces(
+    config: SetConfig, side: int, frame: str, limit: int, questions: int, seed: int, source: AttributeSource | None
+) -> Faces:
+    """The first `limit` faces of a set that can be used.
+
+    Args:
+        side: of the model's pictures. frame: `face`, which finds it, or `square`.
+        questions: at most so many of a face.
+        source: of attributes; the demo's own measure for a faces.npz.
+
+    Raises:
+        UserError: there is no such set, or no face in it can be used.
+    """
+    path = Path(config.path)
+    if path.suffix == ".npz":
+        faces = demo_faces(path, limit, seed)
+        if faces.items and faces.items[0].image.shape[0] != side:
+            raise UserError(f"{path} has pictures of {faces.items[0].image.shape[0]} pixels, the model paints {side}")
+        return faces
+    opened = open_source(config, "data")
+    framed = {"face": face_frame, "square": square_frame}[frame]
+    told = teller(source.categories if source is not None else {name: each.values for name, each in CATEGORIES.items()})
+    items: list[Face] = []
+    left_out: list[tuple[str, str]] = list(opened.damaged)
+    keys: set[str] = set()
+    parts = []
+    for index in range(len(opened)):
+        if len(items) == limit:
+            break
+        try:
+            sample = opened[index]
+            image = framed(sample.pixels(), side)
+        except SampleError as error:
+            left_out.append((error.where, error.reason))
+            continue
+        key = sample.key if sample.key not in keys else f"{sample.key}#{index}"
+        keys.add(key)
+        items.append(Face(key, image, sample.captions, _questions(sample)[:questions]))
+        parts.append(digest(image.tobytes(), repr((key, sample.captions, items[-1].questions)).encode()))
+    if not items:
+        reason = f": {': '.join(left_out[0])}" if left_out else ""
+        raise UserError(f"{path}: there is no face in it that can be used{reason}")
+    return Faces(path.name, digest(*(each.encode() for each in parts)), items, told, source, left_out)
+
+
+def _questions(sample: Sample) -> tuple[Question, ...]:
+    """The first question of every conversation and those after it that stand alone, with all answers to each."""
+    answers: dict[str, list[str]] = {}
+    for conversation in sample.conversations:
+        for asked, said in conversation:
+            answers.setdefault(asked, []).append(said)
+    return tuple(Question(asked, tuple(said), *subject(asked, said[0])) for asked, said in answers.items())
+
+
+def subject(question: str, answer: str) -> tuple[str, str]:
+    """The category that a question is on, and its kind: the longest name of one, or phrase of a value, that it says."""
+    best: tuple[int, str] = (0, OTHER)
+    for part in (question, answer):
+        for name, category in CATEGORIES.items():
+            for words in (name, *(each for value in category.values for each in phrases(name, value))):
+                if len(words) > best[0] and _says(part, words):
+                    best = (len(words), name)
+        if best[0]:
+            break
+    return best[1], CATEGORIES[best[1]].kind if best[1] in CATEGORIES else OTHER
+
+
+def teller(categories: dict[str, tuple[str, ...]]) -> Told:
+    """Finds a category's value where a caption says one of its phrases; the longest wins ("no hat" over "hat")."""
+    table = sorted(
+        ((words, name, value) for name, values in categories.items() for value in values
+         for words in phrases(name, value)),
+        key=lambda each: -len(each[0]),
+    )  # fmt: skip
+
+    def told(text: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for words, name, value in table:
+            if name not in found and _says(text, words):
+                found[name] = value
+        return found
+
+    return told
+
+
+def _says(text: str, words: str) -> bool:
+    """Whether a text has these words, without the article that they begin with."""
+    wanted = re.sub(r"^(a|an|the) ", "", words.lower())
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text.lower()) is not None
