@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from .._checks import expect, expect_choice, expect_tensor
 from .activation_torch import ACTIVATIONS, GATED
 from .ops import Routing, experts, route
+from .parallel import parallel_experts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GroupedMoE(nn.Module):
@@ -36,6 +41,10 @@ class GroupedMoE(nn.Module):
             `balance_selection` as in DeepSeek-V3.
         routed_scale: factor of the routed experts' weights (DeepSeek-V3's routed_scaling_factor).
 
+    Attributes:
+        group: None, or the process group whose ranks share the experts: the parameters experts_* then hold this rank's
+            slice along their first dimension, as tensors or as DTensors Shard(0); see `parallel_experts`.
+
     Shapes of the parameters, E = all routed experts, A = E + G * shared_width / F, F' = 2F for gated activations:
         router_weight [E, D], experts_w_in [A, D, F'], experts_b_in [A, F'], experts_w_out [A, F, D],
         experts_b_out [A, D]; the shared slots of group g start at E + g * shared_width / F.
@@ -45,6 +54,7 @@ class GroupedMoE(nn.Module):
     """
 
     selection_bias: Tensor | None
+    group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -123,11 +133,22 @@ class GroupedMoE(nn.Module):
         if self.routed_scale != 1:
             routed, always = routing.weight.split([self.top_k, self.shared], 1)
             routing = routing._replace(weight=torch.cat([self.routed_scale * routed, always], 1))
-        y = experts(
-            tokens, routing, self.experts_w_in, self.experts_b_in, self.experts_w_out, self.experts_b_out,
-            activation=self.activation,
-        )  # fmt: skip
+        parameters = (self.experts_w_in, self.experts_b_in, self.experts_w_out, self.experts_b_out)
+        if self.group is None:
+            y = experts(tokens, routing, *parameters, activation=self.activation)
+        else:
+            w_in, b_in, w_out, b_out = map(_local, parameters)
+            y = parallel_experts(
+                tokens, routing, w_in, b_in, w_out, b_out, activation=self.activation, group=self.group
+            )
         return y.view(x.shape), routing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupedMoE:
+        """The copy has the same group: a group is of processes and has no copy."""
+        memo[id(self.group)] = self.group
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     @torch.no_grad()
     def balance_selection(self, routing: Routing, rate: float = 0.001) -> None:
@@ -208,3 +229,8 @@ class GroupedMoE(nn.Module):
         if out_bias is not None:
             expect_tensor(out_bias, "out_bias", shape=[self.hidden])
             self.experts_b_out[routed::pieces] = out_bias
+
+
+def _local(parameter: Any) -> Any:
+    """This rank's part of a DTensor, a class that is not imported for those who have none; else what it is."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -311,6 +311,36 @@ _experts = register(
 )
 
 
+def fit_experts(
+    x: Tensor,
+    routing: Routing,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    held: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """x and the parameters of `held` experts, cast as autocast says, once each argument fits the others."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+        b_in, b_out = (None if bias is None else bias.to(dtype) for bias in (b_in, b_out))
+    expect_choice(activation, "activation", activation_torch.ACTIVATIONS)
+    expect_tensor(x, "x", shape=["T", "D"], dtypes=_FLOATS)
+    tokens, hidden = x.shape
+    dtypes, device_of = (x.dtype,), ("x", x)
+    expect_tensor(routing.weight, "routing.weight", shape=[tokens, "S"], dtypes=_FLOATS, device_of=device_of)
+    expect_tensor(w_out, "w_out", shape=[held, "F", hidden], dtypes=dtypes, device_of=device_of)
+    width = w_out.shape[1] * (2 if activation in activation_torch.GATED else 1)
+    expect_tensor(w_in, "w_in", shape=[held, hidden, width], dtypes=dtypes, device_of=device_of)
+    if b_in is not None:
+        expect_tensor(b_in, "b_in", shape=[held, width], dtypes=dtypes, device_of=device_of)
+    if b_out is not None:
+        expect_tensor(b_out, "b_out", shape=[held, hidden], dtypes=dtypes, device_of=device_of)
+    return x, w_in, b_in, w_out, b_out
+
+
 def experts(
     x: Tensor,
     routing: Routing,
@@ -345,23 +375,8 @@ def experts(
     Raises:
         ValueError: naming the argument.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-        b_in, b_out = (None if bias is None else bias.to(dtype) for bias in (b_in, b_out))
-    expect_choice(activation, "activation", activation_torch.ACTIVATIONS)
-    expect_tensor(x, "x", shape=["T", "D"], dtypes=_FLOATS)
-    total, (tokens, hidden) = routing.counts.shape[0], x.shape
-    dtypes, device_of = (x.dtype,), ("x", x)
-    expect_tensor(routing.weight, "routing.weight", shape=[tokens, "S"], dtypes=_FLOATS, device_of=device_of)
-    expect_tensor(w_out, "w_out", shape=[total, "F", hidden], dtypes=dtypes, device_of=device_of)
-    width = w_out.shape[1] * (2 if activation in activation_torch.GATED else 1)
-    expect_tensor(w_in, "w_in", shape=[total, hidden, width], dtypes=dtypes, device_of=device_of)
-    if b_in is not None:
-        expect_tensor(b_in, "b_in", shape=[total, width], dtypes=dtypes, device_of=device_of)
-    if b_out is not None:
-        expect_tensor(b_out, "b_out", shape=[total, hidden], dtypes=dtypes, device_of=device_of)
-    y: Tensor = _experts(x, routing.weight, routing.order, routing.offsets, w_in, b_in, w_out, b_out, activation)[0]
+    x, *parameters = fit_experts(x, routing, w_in, b_in, w_out, b_out, activation, routing.counts.shape[0])
+    y: Tensor = _experts(x, routing.weight, routing.order, routing.offsets, *parameters, activation)[0]
     return y
 
 
