@@ -123,7 +123,7 @@ def test_bad_input_is_named(name, options):
 
 
 def test_readme_examples_run():
-    layer, block = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    layer, block, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     names = {}
     exec(layer, names)  # noqa: S102
     assert names["y"].shape == names["x"].shape and names["moe"].router_weight.grad is not None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from unif2ace_kernels import moe
 from unif2ace_kernels.moe import GroupedMoE
 
+README = Path(moe.__file__).parent / "README.md"
 D, F = 6, 4
 
 
@@ -345,10 +348,9 @@ def slices_under_fsdp(group, again):
     """fully_shard shards the rest and leaves the slices of the experts alone."""
     x, groups, loss, want = whole_model(group)
     model = Model()
-    own = moe.local_experts(len(model.moe.experts_w_in), group)
-    for name in EXPERTS:
-        setattr(model.moe, name, nn.Parameter(getattr(model.moe, name).detach()[own].clone()))
-    model.moe.group = group
+    names = {}
+    exec(re.findall(r"```python\n([^`]*def shard_experts[^`]*)```", README.read_text())[0], names)  # noqa: S102
+    names["shard_experts"](model.moe, group)
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(model, mesh=mesh, ignored_params={getattr(model.moe, name) for name in EXPERTS})
     ours = model(x, groups, again)
@@ -383,6 +385,17 @@ def dtensors_on_a_mesh_of_their_own(group):
             torch.testing.assert_close(grad / 2, exact, rtol=0, atol=1e-12)
 
 
+def out_of_range_is_the_nearest(group):
+    """As `arrange` has it on CUDA, where nobody looks."""
+    case = CASES["uneven experts, uneven tokens"]
+    given, rank, own = problem(case), dist.get_rank(group), moe.local_experts(case.experts, group)
+    routing = moe.arrange(torch.full((3, 1), case.experts - 1), torch.ones(3, 1).double(), case.experts)
+    call = functools.partial(moe.parallel_experts, activation="gelu_tanh", group=group)
+    slices = [each[own] for each in given.parameters]
+    want = call(given.x[rank][:3], routing, *slices)
+    assert torch.equal(call(given.x[rank][:3], routing._replace(expert=routing.expert + 9), *slices), want)
+
+
 def copies_share_the_group(group):
     """Averages of weights are deep copies, and no process group can be copied."""
     layer = GroupedMoE(D, F, (3, 2), top_k=2)
@@ -408,7 +421,8 @@ def _checks():
         words = f"slices under FSDP{', checkpointing' * again}"
         found.append((words, 2, functools.partial(slices_under_fsdp, again=again)))
     for check, size in (
-        (dtensors_on_a_mesh_of_their_own, 2), (bad_arguments, 2), (copies_share_the_group, 2), (same_bits, 3),
+        (dtensors_on_a_mesh_of_their_own, 2), (bad_arguments, 2), (out_of_range_is_the_nearest, 2),
+        (copies_share_the_group, 2), (same_bits, 3),
         (one_read_of_the_device, 3), (travels_in_the_dtype_of_autocast, 3), (frozen, 3), (bad_tokens_stay_alone, 3),
     ):  # fmt: skip
         found.append((check.__name__.replace("_", " "), size, check))
