@@ -23,6 +23,7 @@ PAGES = Path("docs") / "results"
 README, BENCHMARKS = Path("README.md"), Path("benchmarks") / "README.md"
 PICTURES = ("ratio", "time", "floor", "roofline", "memory", "scaling")
 OTHER_TITLES = {
+    "dispatch": "What expert parallelism sends over two processes (`python -m benchmarks.dispatch`)",
     "plan": "Memory as planned and as measured (`python -m benchmarks.planned`)",
     "profiles": "A training step and a generation by part (`python -m benchmarks.profiles`)",
 }

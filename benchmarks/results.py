@@ -18,7 +18,8 @@ from .environment import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 _CASE = ("op", "shape", "dtype", "mode")
-_NO_CASES = ("ceilings", "plan", "profile")  # records of other kinds: what a device can, planned.py's, profiles.py's
+# Records of other kinds: what a device can, and those of planned.py, profiles.py, dispatch.py.
+_NO_CASES = ("ceilings", "plan", "profile", "dispatch")
 
 
 @dataclass(frozen=True)
