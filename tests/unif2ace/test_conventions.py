@@ -21,7 +21,7 @@ V = tiny.CONFIG.vocabulary
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in vars(batch).items() if name not in ("labels", "layout")}
+    return {name: value for name, value in vars(batch).items() if name not in ("labels", "layout", "shares")}
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)

@@ -63,9 +63,27 @@ def _parser() -> argparse.ArgumentParser:
 
     add_ablate(commands.add_parser("ablate", help="the paper's ablations on a demo run's faces, with several seeds"))
 
+    init = commands.add_parser("init", help="a fresh checkpoint to train from: both tokenizers, and random weights")
+    init.add_argument("config", type=Path, nargs="?", help="YAML file; every key of it can be given as --a.b=c")
+    init.set_defaults(run=_init, takes_overrides=True)
+
     precompute = commands.add_parser("precompute", help="pictures and words to shards that training reads fast")
     precompute.add_argument("config", type=Path, nargs="?", help="YAML file; every key of it can be given as --a.b=c")
     precompute.set_defaults(run=_precompute, takes_overrides=True)
+
+    train = commands.add_parser("train", help="train a model, from a config and its state; torchrun starts many ranks")
+    train.add_argument("config", type=Path, help="YAML file; every key of it can be given as --a.b=c")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the whole config, sizes, memory, steps"
+    )
+    train.add_argument("--ranks", type=int, default=1, help="of --dry-run, where torchrun does not say (default: 1)")
+    train.set_defaults(run=_train, takes_overrides=True)
+
+    export = commands.add_parser("export", help="a state of a training run as a checkpoint, RUN/checkpoint")
+    export.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    export.add_argument("--step", type=int, help="the state before this step (default: the newest)")
+    export.add_argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/checkpoint)")
+    export.set_defaults(run=_export)
 
     info = commands.add_parser("info", help="parameters by part, in all and used by a token")
     info.add_argument("checkpoint", help="folder of a checkpoint or of an import; or base, the 1.8B shape")
@@ -97,10 +115,28 @@ def _demo(parsed: argparse.Namespace) -> None:
     run(settings, parsed.out or Path(folder))
 
 
+def _init(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.init import run
+
+    run(parsed)
+
+
 def _precompute(parsed: argparse.Namespace) -> None:
     from unif2ace.cli.precompute import run
 
     run(parsed)
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.train import train
+
+    train(parsed)
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.train import export
+
+    export(parsed)
 
 
 def _info(parsed: argparse.Namespace) -> None:

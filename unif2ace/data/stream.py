@@ -172,12 +172,13 @@ class Stream:
         places = self.places(self.step)
         return {task: places[task] / len(walk) for task, walk in self.walks.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values. The steps go on with the one after the last that was taken from the iterator."""
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Plain values, to go on with `step`; by default with the one after the last that was taken from the iterator."""
+        step = self.step if step is None else step
         return {
             "seed": self.data.seed,
-            "step": self.step,
-            "places": self.places(self.step),
+            "step": step,
+            "places": self.places(step),
             "fingerprint": self.fingerprint,
             "corrupt": dict(self.corrupt),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
 from unif2ace.model.image_tokenizer import to_images
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
-from unif2ace.model.sequences import mmu_batch, padded_left
+from unif2ace.model.sequences import TENSORS, mmu_batch, padded_left
 
 MAX_QUESTION = 64  # tokens
 
@@ -25,6 +26,7 @@ def answer(
     semantic: torch.Tensor,
     end: int,
     max_tokens: int = 8,
+    **options: Any,
 ) -> list[list[int]]:
     """Token ids of the answer to each question, without the end token.
 
@@ -33,15 +35,17 @@ def answer(
         questions: token ids of each question.
         identity, semantic: [B, C_id] and [B, N, C_sem].
         max_tokens: longest answer.
+        options: of transformers' `generate`.
     """
     config, device = model.config, model.head.weight.device
     codes = codes + config.vocabulary.code_range[0]
     batch = mmu_batch(codes, questions, identity, semantic, config)
     batch = padded_left(batch, config.vocabulary.pad).to(device)
-    tensors = {name: value for name, value in vars(batch).items() if name not in ("labels", "layout")}
+    tensors = {name: getattr(batch, name) for name in TENSORS if name != "labels"}
     written = model.generate(
-        **tensors, do_sample=False, max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=config.vocabulary.pad
-    )
+        **tensors, do_sample=False, max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=config.vocabulary.pad,
+        **options,
+    )  # fmt: skip
     said = written[:, batch.input_ids.shape[1] :].tolist()
     return [ids[: ids.index(end)] if end in ids else ids for ids in said]
 

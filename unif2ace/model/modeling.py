@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,12 +27,13 @@ from transformers.utils import ModelOutput
 
 from unif2ace.configs import MMU, T2I, UniF2aceConfig
 from unif2ace.model.attention import positions, rotary_table
+from unif2ace.model.balance import Routers, balance_loss
 from unif2ace.model.blocks import Block, Context, at_rows
 from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.image_tokenizers import build_image_tokenizer, describe_image_tokenizer
 from unif2ace.model.magvit import Magvit
-from unif2ace.model.sequence_moe import Injection, Resampler, SequenceMoE
-from unif2ace.model.sequences import IGNORE, Batch, Layout
+from unif2ace.model.sequence_moe import EXPERTS, Injection, Resampler, SequenceMoE
+from unif2ace.model.sequences import IGNORE, Batch, Layout, Shares
 from unif2ace.model.visibility import Visibility
 from unif2ace_kernels import d3diff, moe, sampling
 
@@ -72,7 +74,8 @@ class TextOnly(LogitsProcessor):
 class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The model of `config`, randomly initialised (normal; projections into the residual stream smaller).
 
-    `image_tokenizer` is its (frozen) image tokenizer where the config has one.
+    `image_tokenizer` is its (frozen) image tokenizer where the config has one. `balance_group`: the ranks whose batches
+    are balanced as one, see `unif2ace.model.balance`.
     """
 
     config_class = UniF2aceConfig
@@ -84,6 +87,7 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
+    balance_group: ProcessGroup | None = None
     _tied_weights_keys = {"head.weight": "embedding.weight"}
 
     def __init__(self, config: UniF2aceConfig) -> None:
@@ -167,6 +171,7 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
         identity: torch.Tensor | None = None,
         semantic: torch.Tensor | None = None,
         layout: Layout | None = None,
+        shares: Shares | None = None,
         pixel_values: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
@@ -176,7 +181,7 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Hidden states, and the loss where there are labels, else logits.
 
         Args:
-            input_ids, ..., layout: as in `Batch`. Rows are plain text unless `task` and `image_start` say otherwise;
+            input_ids, ..., shares: as in `Batch`. Rows are plain text unless `task` and `image_start` say otherwise;
                 where no row has an image the others may be left out.
             pixel_values: [B, 3, side, side] in [-1, 1], faces of which the image tokenizer makes the codes (and the
                 semantic features, where the config says so) before anything else.
@@ -229,8 +234,7 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is None:
             output.logits = self.head(x[:, -logits_to_keep:])
         elif layout is not None and mask_prob is not None:  # as they are wherever there may be labels
-            routings = [*output.token_routings, *output.sequence_routings]
-            output.loss, output.terms = self._loss(x, routings, labels, task, image_start, layout, mask_prob)
+            output.loss, output.terms = self._loss(output, labels, task, image_start, layout, mask_prob, shares)
         return output
 
     def _image_index(self, image_start: torch.Tensor) -> torch.Tensor:
@@ -326,17 +330,18 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _loss(
         self,
-        x: torch.Tensor,
-        routings: list[moe.Routing],
+        output: UniF2aceOutput,
         labels: torch.Tensor,
         task: torch.Tensor,
         image_start: torch.Tensor,
         layout: Layout,
         mask_prob: torch.Tensor,
+        shares: Shares | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One pass of the head serves t2i and mmu, a second one plain text, where there is some."""
         config, switch = self.config, self.config.loss
-        hidden, length = x.flatten(0, 1), labels.shape[1]
+        share = shares or Shares(1.0, 1.0, 1.0, 1.0, 1.0)
+        hidden, length = cast(torch.Tensor, output.last_hidden_state).flatten(0, 1), labels.shape[1]
         generates = task == T2I
         plain = (image_start < 0)[:, None]
         # D3Diff averages over its own samples: they are numbered among themselves, mmu rows count for nothing.
@@ -351,32 +356,41 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
             mask_prob[t2i] if len(t2i) else mask_prob[:1],
             sample.repeat_interleave(length),
             image_coef=switch.t2i,
-            text_coef=switch.mmu,
+            text_coef=switch.mmu * share.mmu,
             code_range=config.vocabulary.code_range,
-            alpha=switch.alpha,
-            ce_coef=switch.mask,
+            alpha=switch.alpha * share.score,
+            ce_coef=switch.mask * share.mask,
             score=switch.score,
             schedule=switch.schedule,
             max_weight=switch.max_weight,
         )
         terms = {
-            "mask": stats.image.ce,
-            "score": stats.image.score,
-            "mmu": stats.text.ce,
-            "mask_accuracy": stats.image.accuracy,
-            "mmu_accuracy": stats.text.accuracy,
+            "mask": share.mask * stats.image.ce,
+            "score": share.score * stats.image.score,
+            "mmu": share.mmu * stats.text.ce,
+            "mask_accuracy": share.mask * stats.image.accuracy,
+            "mmu_accuracy": share.mmu * stats.text.accuracy,
         }
         if layout.plain:
             loss, text = d3diff.next_token_loss(
                 hidden, self.head.weight, self.head.bias, labels.masked_fill(~plain, IGNORE).flatten()
             )
-            total = total + switch.lm * loss
-            terms["lm"] = text.ce
-        if routings:
-            balance = torch.stack([routing.balance_loss for routing in routings]).sum()
-            total = total + balance
-            terms["balance"] = balance
+            total = total + switch.lm * share.lm * loss
+            terms["lm"] = share.lm * text.ce
+        balance = balance_loss(self.routers(output), self.balance_group)
+        if balance is not None:
+            terms["balance"] = share.balance * balance
+            total = total + terms["balance"]
         return total, {name: value.detach() for name, value in terms.items()}
+
+    def routers(self, output: UniF2aceOutput) -> tuple[Routers, Routers]:
+        """The token level's and the sequence level's, a layer each, with what they chose in a forward pass."""
+        token, sequence = self.config.token_moe, self.config.sequence_moe
+        sizes = [len(names) for names in EXPERTS]
+        return (
+            Routers(output.token_routings or (), token.experts if token else (), token.balance if token else ()),
+            Routers(output.sequence_routings or (), sizes, sequence.balance if sequence else ()),
+        )
 
     def image_hidden(self, last_hidden_state: torch.Tensor, image_start: torch.Tensor) -> torch.Tensor:
         """Hidden states at the image positions, [B, N, D]."""

@@ -20,7 +20,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from unif2ace.configs import UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
-from unif2ace.model.sequences import Batch, lm_batch, mmu_batch, padded_left, t2i_batch, t2i_prompts
+from unif2ace.model.sequences import TENSORS, Batch, lm_batch, mmu_batch, padded_left, t2i_batch, t2i_prompts
 from unif2ace.model.text_tokenizer import END, TextTokenizer
 
 
@@ -177,4 +177,4 @@ class UniF2aceProcessor(ProcessorMixin):
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in vars(batch).items() if name not in ("labels", "layout")}
+    return {name: getattr(batch, name) for name in TENSORS if name != "labels"}

@@ -58,6 +58,23 @@ class Layout(NamedTuple):
         return Layout(real, images, self.t2i.to(device), self.mmu.to(device), self.plain)
 
 
+class Shares(NamedTuple):
+    """What part of a training step a batch is, where a step is many batches: on other ranks, or one after another.
+
+    A batch's losses are means over its own targets; times these, they add up to the means over the step's.
+
+    Attributes:
+        mask: of its masked codes. score: of its t2i rows. mmu, lm: of its targets on faces, in plain text.
+        balance: of the batches of this rank.
+    """
+
+    mask: float
+    score: float
+    mmu: float
+    lm: float
+    balance: float
+
+
 @dataclass
 class Batch:
     """Rows of both tasks, padded to one length: `model(**vars(batch))`.
@@ -73,6 +90,7 @@ class Batch:
         identity: [B, C_id] identity embeddings, zeros where a row has none.
         semantic: [B, S, C_sem] semantic features (the CLIP slot), zeros where a row has none; S = 0 if no row has.
         layout: where things are; found by `to`, before the tensors leave the host.
+        shares: what part of a training step this is; None: all of it.
     """
 
     input_ids: torch.Tensor
@@ -84,11 +102,12 @@ class Batch:
     identity: torch.Tensor = field(repr=False)  # who a person is: never said
     semantic: torch.Tensor
     layout: Layout | None = None
+    shares: Shares | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         layout = self.layout or Layout.of(self.attention_mask, self.task, self.image_start)
-        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "layout"}
+        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
         return replace(self, layout=layout.to(device), **tensors)  # type: ignore[arg-type]
 
     @classmethod
@@ -109,7 +128,10 @@ class Batch:
                 values = [torch.nn.functional.pad(v, (0, 0, 0, most - v.shape[1])) for v in values]
             return torch.cat(values)
 
-        return cls(*(stack(each.name) for each in fields(cls) if each.name != "layout"))  # type: ignore[arg-type]
+        return cls(*(stack(name) for name in TENSORS))  # type: ignore[arg-type]
+
+
+TENSORS = tuple(each.name for each in fields(Batch) if each.name not in ("layout", "shares"))
 
 
 class RowSizes(Protocol):

@@ -1,0 +1,204 @@
+"""States that a run goes on from: PyTorch's distributed checkpoints, whole or not there.
+
+    states/step-00000100/             a rank's shards, their index, run.json: what is not a tensor
+    states/.step-00000200.partial/    being written, or left by a run that was killed: removed when the run goes on
+
+A state is copied when it is taken and written beside the training. It becomes one by a rename, after every rank's part
+is on the disk. Tensors are stored by name and place in the whole, so that any number of ranks can read them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+
+from unif2ace.errors import UserError
+from unif2ace.files import read_json, write_json
+from unif2ace.training.config import SaveConfig
+from unif2ace.training.journal import tell
+
+RUN = "run.json"
+IN_A_ROW = 3  # failed writes until the run stops: a disk that is full for so long will not empty itself
+
+
+def name(step: int) -> str:
+    """Of the state before `step`."""
+    return f"step-{step:08d}"
+
+
+def number(state: Path) -> int:
+    return int(state.name.removeprefix("step-"))
+
+
+def listed(folder: Path) -> list[Path]:
+    """States of a run, the oldest first."""
+    return sorted(each for each in folder.glob("step-*") if (each / RUN).is_file())
+
+
+class States:
+    """The states of one run. Every rank has one of these, and calls its methods in the same order.
+
+    Args:
+        folder: that they are in.
+        host, writing: groups of all ranks on their CPUs; `writing` is used by the write in the background alone.
+        on_event: told `state_saved`, `state_failed` with a step and values, on rank 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: SaveConfig,
+        host: dist.ProcessGroup,
+        writing: dist.ProcessGroup,
+        on_event: Callable[..., None],
+    ) -> None:
+        self.folder, self.config, self.host, self.writing = folder, config, host, writing
+        self.on_event = on_event
+        self.rank = dist.get_rank(host)
+        self.failed, self.reason = 0, ""
+        self._plain: dict[str, Any] = {}
+        self._future: Future | None = None
+        self._step, self._began = 0, 0.0
+
+    def latest(self) -> Path | None:
+        """The newest state; what killed runs left is removed."""
+        found: list[Path | None] = [None]
+        if self.rank == 0:
+            for partial in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            found = [*listed(self.folder)[-1:], None][:1]
+        dist.broadcast_object_list(found, src=0, group=self.host)
+        return found[0]
+
+    def load(self, state: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Fill `tensors` in place; what `save` was given as `plain`.
+
+        Raises:
+            UserError: the state is damaged, or lacks one of them.
+        """
+        plain = read_json(state / RUN)
+        if not isinstance(plain, dict) or "step" not in plain:
+            raise damaged(state, f"{RUN} is not of a run")
+        load(state, tensors, self.host)
+        return plain
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], plain: dict[str, Any], wait: bool = False) -> None:
+        """Take the state before `step`; write it in the background, or `wait` until it is there.
+
+        Raises:
+            UserError: it was waited for and could not be written, or none could be for some time.
+        """
+        self.finish()
+        partial = self.folder / f".{name(step)}.partial"
+        self._step, self._began = step, time.monotonic()
+        self._plain = {"step": step, **plain}
+        try:
+            self._future = dcp.async_save(tensors, checkpoint_id=partial, process_group=self.writing)  # type: ignore[assignment]
+        except (CheckpointException, OSError) as error:
+            self._fail(error)
+        if wait or self.config.wait:
+            before = self.failed
+            self.finish()
+            if wait and self.failed > before:
+                raise UserError(f"the state before step {step} could not be written: {self.reason}; free space")
+
+    def poll(self) -> None:
+        """Complete a write that is done."""
+        if self._future is not None and self._future.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the write in the background and complete it.
+
+        Raises:
+            UserError: so many in a row could not be written that the run should not go on.
+        """
+        future, self._future = self._future, None
+        if future is None:
+            return
+        try:
+            future.result()
+            if self.rank == 0:
+                self._complete()
+            self.failed = 0
+        except (CheckpointException, OSError, RuntimeError, UserError) as error:
+            self._fail(error)
+
+    def _complete(self) -> None:
+        state, partial = self.folder / name(self._step), self.folder / f".{name(self._step)}.partial"
+        write_json(partial / RUN, self._plain)
+        shutil.rmtree(state, ignore_errors=True)  # of a run that was gone on with from before it
+        os.rename(partial, state)
+        _sync(self.folder)
+        self.on_event("state_saved", self._step, seconds=round(time.monotonic() - self._began, 2))
+        keep = self.config.keep_every
+        for old in listed(self.folder)[: -self.config.keep]:
+            if not keep or number(old) % keep:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failed += 1
+        self.reason = _reason(error)
+        if self.rank == 0:
+            shutil.rmtree(self.folder / f".{name(self._step)}.partial", ignore_errors=True)
+            tell(f"the state before step {self._step} could not be written: {self.reason}; training goes on")
+            self.on_event("state_failed", self._step, reason=self.reason)
+        if self.failed >= IN_A_ROW:
+            raise UserError(
+                f"{self.failed} states in a row could not be written to {self.folder}, the last: {self.reason}; "
+                "free space and start the run again"
+            )
+
+
+def load(state: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Fill `tensors` in place from a state, by name; without a group in this process alone.
+
+    Raises:
+        UserError: the state is damaged, or lacks one of them.
+    """
+    try:
+        dcp.load(tensors, checkpoint_id=state, process_group=group, no_dist=group is None)
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise damaged(state, _reason(error)) from error
+
+
+def names(state: Path) -> set[str]:
+    """Of the tensors that a state holds.
+
+    Raises:
+        UserError: its index is damaged.
+    """
+    try:
+        return set(FileSystemReader(state).read_metadata().state_dict_metadata)
+    except Exception as error:  # a damaged pickle asks the reader for anything
+        raise damaged(state, _reason(error)) from error
+
+
+def damaged(state: Path, why: str) -> UserError:
+    return UserError(f"{state} is damaged ({why}); remove it to go on from the state before it")
+
+
+def _reason(error: BaseException) -> str:
+    """One line of it: a distributed checkpoint says what went wrong on each rank, with traces."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
