@@ -10,7 +10,8 @@ the face is. Each rule has a zone between yes and no where it is silent. The cut
     necklace      necklace >= .001: yes; never no: thin chains are overlooked
     long hair     hair below the chin, near the face, >= .02: yes; <= .001: no
     bald          hair <= .03 without a hat: yes; >= .2: no
-    bangs         skin over the middle of the brows <= .15 of the way from chin to brows: yes; >= .4: no; silent with a hat
+    bangs         skin over the middle of the brows <= .15 of the way from chin to brows: yes; >= .4: no; silent under
+                  a hat
     hair colour   the median of the hair's colour, in CIELAB; silent between the colours. It is the colour in the
                   picture's light: gray hair in the dark is black
     mouth open    inside of the mouth >= .005: yes (a smile that shows teeth is); <= .0005: no
@@ -33,13 +34,14 @@ import torch
 
 from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.categories import NO, YES
-from unif2ace.attributes.parser import PART, SIDE, FaceParser, square
+from unif2ace.attributes.parser import PART, FaceParser, square
 
 _FACE = tuple(
     PART[name]
     for name in "skin left_brow right_brow left_eye right_eye glasses nose inner_mouth upper_lip lower_lip".split()
 )
 _BROWS, _EYES = (PART["left_brow"], PART["right_brow"]), (PART["left_eye"], PART["right_eye"], PART["glasses"])
+_AREAS = ("glasses", "hat", "earring", "necklace", "hair", "inner_mouth")
 _SMALLEST_FACE = 0.04  # of the picture; with less there is no face to speak of
 _FEW = 50  # pixels, of which a colour is not told
 
@@ -93,7 +95,7 @@ def measure(parts: np.ndarray, image: np.ndarray) -> Measures | None:
     colour = np.median(lab[strands], axis=0) if strands.sum() > _FEW else np.full(3, np.nan)
     share = areas / face.sum()
     return Measures(
-        *(float(share[PART[name]]) for name in ("glasses", "hat", "earring", "necklace", "hair", "inner_mouth")),
+        **{name: float(share[PART[name]]) for name in _AREAS},
         lips=float(share[PART["upper_lip"]] + share[PART["lower_lip"]]),
         below=float(hair[chin:, near].sum() / face.sum()),
         forehead=forehead,
