@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unif2ace.cli.answering import add_ask, add_caption, add_chat
-from unif2ace.cli.evaluating import add_ablate
+from unif2ace.cli.evaluating import add_ablate, add_evaluate
 from unif2ace.cli.importing import add_import
 from unif2ace.cli.painting import add_generate, add_inpaint
 from unif2ace.cli.responsible import add_card, add_demo_app, add_watermark
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add_card(commands.add_parser("card", help="write the model card of a checkpoint, its README.md"))
     add_import(commands.add_parser("import", help="bring in other projects' weights: Show-o, Phi-1.5, MAGVIT-v2"))
 
+    add_evaluate(commands.add_parser("evaluate", help="score runs as the paper does; one report of one or several"))
     add_ablate(commands.add_parser("ablate", help="the paper's ablations on a demo run's faces, with several seeds"))
 
     init = commands.add_parser("init", help="a fresh checkpoint to train from: both tokenizers, and random weights")

@@ -156,6 +156,9 @@ def open_faces(
         except SampleError as error:
             left_out.append((error.where, error.reason))
             continue
+        except ValueError as error:
+            left_out.append((sample.where, str(error)))
+            continue
         key = sample.key if sample.key not in keys else f"{sample.key}#{index}"
         keys.add(key)
         items.append(Face(key, image, sample.captions, _questions(sample)[:questions]))
@@ -167,7 +170,7 @@ def open_faces(
 
 
 def _questions(sample: Sample) -> tuple[Question, ...]:
-    """The first question of every conversation and those after it that stand alone, with all answers to each."""
+    """Every question, to be asked alone, with all answers that there are to it."""
     answers: dict[str, list[str]] = {}
     for conversation in sample.conversations:
         for asked, said in conversation:

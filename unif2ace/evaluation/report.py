@@ -5,31 +5,18 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from unif2ace.configs import TASKS
 from unif2ace.evaluation.quality import Results
 from unif2ace.files import replacing
 from unif2ace.model.sequence_moe import EXPERTS
-
-matplotlib.use("Agg")  # the report is files; no window, no display
-from matplotlib import pyplot as plt  # noqa: E402
+from unif2ace.pages import page, save, table
 
 GRID_COLUMNS = 12
 P_GENERATION, P_UNDERSTANDING = 0.001, 0.01
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-img { max-width: 100%; display: block; margin: .5rem 0 }
-.pixels { image-rendering: auto; width: 100% }
-table { border-collapse: collapse; margin: .5rem 0 }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child { text-align: left }
-.words td, .words th { text-align: left }
-.wrong { color: #a00 }
-"""
 
 
 def grid(images: np.ndarray, columns: int = GRID_COLUMNS, scale: int = 2) -> Image.Image:
@@ -56,8 +43,8 @@ def write(folder: Path, results: Results, logs: dict[str, list[dict]], seconds: 
     for name, picture in pictures.items():
         with replacing(folder / f"{name}.png") as partial:
             picture.save(partial, format="PNG")
-    _figure(folder / "losses.png", _draw_losses(logs))
-    _figure(folder / "experts.png", _draw_experts(results.numbers["experts"]))
+    save(folder / "losses.png", _draw_losses(logs))
+    save(folder / "experts.png", _draw_experts(results.numbers["experts"]))
     with replacing(folder / "report.html") as partial:
         partial.write_text(_page(results, seconds))
 
@@ -103,13 +90,7 @@ def _row_pairs(pairs: np.ndarray) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(-1, *pairs.shape[2:])
 
 
-def _figure(path: Path, figure: plt.Figure) -> None:
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    plt.close(figure)
-
-
-def _draw_losses(logs: dict[str, list[dict]]) -> plt.Figure:
+def _draw_losses(logs: dict[str, list[dict]]) -> Figure:
     panels = [
         ("tokenizer", ["pixels", "edges"], "log", "image tokenizer: squared error"),
         ("model", ["mask"], "linear", "masked codes (nats)"),
@@ -117,8 +98,8 @@ def _draw_losses(logs: dict[str, list[dict]]) -> plt.Figure:
         ("model", ["mmu"], "log", "next token of answers (nats)"),
         ("model", ["balance"], "linear", "balance losses, all routers"),
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(18, 3.4), layout="constrained")
-    for axis, (log, terms, scale, title) in zip(axes, panels):
+    figure = Figure(figsize=(18, 3.4), layout="constrained")
+    for axis, (log, terms, scale, title) in zip(figure.subplots(1, len(panels)), panels):
         for term in terms:
             steps, values = zip(*((row["step"], row[term]) for row in logs[log] if term in row))
             axis.plot(steps, values, label=term, linewidth=1)
@@ -127,10 +108,10 @@ def _draw_losses(logs: dict[str, list[dict]]) -> plt.Figure:
     return figure
 
 
-def _draw_experts(use: dict[str, list]) -> plt.Figure:
+def _draw_experts(use: dict[str, list]) -> Figure:
     """Heat maps of expert use, a layer a row, a task's experts the columns."""
-    figure, axes = plt.subplots(1, len(use), figsize=(3.2 * len(use), 3.4), layout="constrained")
-    for axis, (name, layers) in zip(np.atleast_1d(axes), use.items()):
+    figure = Figure(figsize=(3.2 * len(use), 3.4), layout="constrained")
+    for axis, (name, layers) in zip(figure.subplots(1, len(use), squeeze=False)[0], use.items()):
         values = np.array(layers)
         shown = axis.imshow(values, vmin=0, vmax=max(0.5, values.max()), cmap="viridis", aspect="auto")
         level, task = name.split("_")
@@ -142,13 +123,6 @@ def _draw_experts(use: dict[str, list]) -> plt.Figure:
             dark = value < shown.norm.vmax / 2
             axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
     return figure
-
-
-def _table(rows: list[list[str]], kind: str = "") -> str:
-    head, *body = [
-        "".join(f"<{tag}>{cell}</{tag}>" for cell in row) for row, tag in zip(rows, ["th"] + ["td"] * len(rows))
-    ]
-    return f'<table class="{kind}"><tr>{head}</tr>' + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
 
 
 def _page(results: Results, seconds: dict[str, float]) -> str:
@@ -171,9 +145,7 @@ def _page(results: Results, seconds: dict[str, float]) -> str:
     prompts = "".join(f"<li>{html.escape(prompt)}</li>" for prompt in results.prompts[:GRID_COLUMNS])
     took = [["stage", "seconds"]] + [[stage, f"{value:.0f}"] for stage, value in seconds.items()]
     took.append(["sum", f"{sum(seconds.values()):.0f}"])
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>UniF2ace demo</title><style>{_STYLE}</style></head><body>
-<h1>UniF2ace demo</h1>
+    body = f"""<h1>UniF2ace demo</h1>
 <p>A model of {numbers["parameters"] / 1e6:.1f} M parameters, trained from nothing on synthetic faces. Every picture
 here is made by a network; none shows a person.</p>
 <h2>Painted from random prompts</h2>
@@ -182,12 +154,12 @@ here is made by a network; none shows a person.</p>
 <p>Attributes measured on the paintings against the prompts ({generation["prompts"]} prompts; test:
 {generation["test"]}). A face detector fires on {generation["face_found"]:.0%} of them, a weak check: it
 passes faces with misplaced patches.</p>
-{_table(painted)}
+{table(painted)}
 <h2>Questions on faces never trained on</h2>
 <p>{understanding["faces"]} held-out faces, one question each an attribute (test: {understanding["test"]}).
 In the second table face 0 is the first of the held-out faces pictured below, and so on.</p>
-{_table(answered)}
-{_table(words, "words")}
+{table(answered)}
+{table(words, "words")}
 <h2>Painted from held-out captions</h2>
 <p>A held-out face above, below it a face painted from its caption (the caption does not say who it is).</p>
 <img class="pixels" src="repainted.png" alt="held-out faces and paintings from their captions">
@@ -200,6 +172,5 @@ in use. Share of faces whose attribute class survives it: {kept}. The face detec
 <h2>Which experts work</h2>
 <p>Share of a task's choices that goes to each expert, on held-out faces.</p>
 <img src="experts.png" alt="expert use by layer and task">
-<h2>Time</h2>{_table(took)}
-</body></html>
-"""
+<h2>Time</h2>{table(took)}"""
+    return page("UniF2ace demo", body)

@@ -3,7 +3,7 @@
 Normalisation and rule are those of the public evaluation code of VQA v2 (Antol et al., 2015; Goyal et al., 2017):
 lower case, no punctuation but within numbers, no articles, number words as digits, contractions with their apostrophe.
 An answer is worth min(n / 3, 1) where n of the other references say it, averaged over leaving out each reference in
-turn; with fewer than `FULL` + 1 references min(n / 3, 1) would never reach 1, so there any one that says it counts full.
+turn. With `FULL` references or fewer that would never reach 1, so there any one that says it counts full.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Sequence
 FULL = 3  # references that make an answer wholly right
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _WITHOUT = (
-    "aint arent cant couldve couldnt didnt doesnt dont hadnt hasnt havent hed hes howd hows im ive isnt itd itll mightve "
-    "mustve mustnt oughtnt shant shes shouldve shouldnt somebodyd someoned thats thered theres theyd theyre theyve "
-    "wasnt weve werent whatll whatre whats whatve whens whered wheres whereve whod wholl whos whove whyll whyre whys "
+    "aint arent cant couldve couldnt didnt doesnt dont hadnt hasnt havent hed hes howd hows im ive isnt itd itll "
+    "mightve mustve mustnt oughtnt shant shes shouldve shouldnt somebodyd someoned thats thered theres theyd theyre "
+    "theyve wasnt weve werent whatll whatre whats whatve whens whered wheres whereve whod wholl whos whove whyll whyre whys "
     "wont wouldve wouldnt yall youd youll youre youve"
 ).split()
 _ENDINGS = ("nt", "ll", "re", "ve", "d", "s", "m")

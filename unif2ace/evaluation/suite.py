@@ -1,0 +1,430 @@
+"""`unif2ace evaluate`: every row of a suite for one model, each with a value or with the reason why it has none.
+
+What takes long (paintings, answers, scores) is kept a line each in the results' folder, so that an evaluation goes on
+where it was stopped. A row that fails leaves the others alone. Pictures leave this machine for the endpoints that the
+config names, and identity embeddings for nowhere: they are compared and let go.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unif2ace import checksums
+from unif2ace.attributes.base import AttributeSource
+from unif2ace.checkpoint import Checkpoint
+from unif2ace.data.config import SetConfig
+from unif2ace.data.encode import FRAMES
+from unif2ace.endpoint import Endpoint, EndpointConfig
+from unif2ace.errors import UserError
+from unif2ace.evaluation import distances, judge
+from unif2ace.evaluation.faces import Face, Faces, open_faces
+from unif2ace.evaluation.inception import Inception
+from unif2ace.evaluation.intervals import mean
+from unif2ace.evaluation.judge import Item
+from unif2ace.evaluation.rows import MEASURES, SUITES, Row, tally
+from unif2ace.evaluation.vlm import LocalModel
+from unif2ace.evaluation.vqa import exact, soft
+from unif2ace.evaluation.work import Work
+from unif2ace.files import read_json, write_json
+from unif2ace.model.painting import PaintSettings
+
+FACES = {"quick": 100, "paper": 1000}
+SHOWN = 24
+
+
+@dataclass(frozen=True)
+class VlmConfig:
+    """A vision-language model: `folder` of transformers on this machine, or `endpoint` that sees pictures."""
+
+    folder: str | None = None
+    endpoint: EndpointConfig | None = None
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """Attributes:
+    data: faces with captions and questions; by default a demo run's faces.npz beside its checkpoint.
+    frame: `face` finds the face and brings it into the model's frame; `square` takes the middle of the picture.
+    faces: how many; 0: 100 in the quick suite, 1000 in the paper's.
+    questions: at most so many of a face.
+    paint: how paintings are sampled.
+    answer_tokens, caption_tokens: longest answer and caption.
+    attributes: what measures attributes: `parser`, the packaged face parser, or the folder of a trained classifier.
+    identity: encoder of `unif2ace.encoders` for the identity cosine; another than the model's own.
+    vlm: for VQAScore and VLM-score. judge_gpt, judge_ds: for the Desc- and Conv- scores.
+    repeats: how often a judge is asked the same.
+    device: where networks compute. seed: of everything that is drawn.
+    """
+
+    data: SetConfig | None = None
+    frame: str = "face"
+    faces: int = 0
+    questions: int = 16
+    paint: PaintSettings = PaintSettings()
+    answer_tokens: int = 16
+    caption_tokens: int = 64
+    attributes: str | None = None
+    identity: str | None = None
+    vlm: VlmConfig | None = None
+    judge_gpt: EndpointConfig | None = None
+    judge_ds: EndpointConfig | None = None
+    repeats: int = 3
+    device: str = "cpu"
+    seed: int = 0
+
+    def check(self) -> SuiteConfig:
+        """The config itself; UserError names a key that is wrong."""
+
+        def need(right: bool, name: str, expected: str) -> None:
+            if not right:
+                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        need(self.frame in FRAMES, "frame", f"one of {', '.join(FRAMES)}")
+        need(self.faces >= 0, "faces", "at least 0")
+        for name in ("questions", "answer_tokens", "caption_tokens", "repeats"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("judge_gpt", "judge_ds"):
+            if getattr(self, name) is not None:
+                getattr(self, name).check(name)
+        if self.vlm is not None:
+            if (self.vlm.folder is None) == (self.vlm.endpoint is None):
+                raise UserError("vlm: expected one of folder and endpoint")
+            if self.vlm.endpoint is not None:
+                if not self.vlm.endpoint.vision:
+                    raise UserError("vlm.endpoint.vision: expected true, of a model that sees pictures")
+                self.vlm.endpoint.check("vlm.endpoint")
+        return self
+
+
+class Absent(Exception):
+    """A row has no value; the message says why."""
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint of a run's folder, or the folder itself where it is one."""
+    return run / "checkpoint" if (run / "checkpoint").is_dir() else run
+
+
+def name_of(run: Path) -> str:
+    folder = run.resolve()
+    return folder.parent.name if folder.name == "checkpoint" else folder.name
+
+
+def evaluate(run: Path, suite: str, config: SuiteConfig, out: Path) -> dict[str, Any]:
+    """Measure one run and write `out`/result.json, which is returned.
+
+    Raises:
+        UserError: the run or the data cannot be read, or `out` holds results of other settings.
+    """
+    if suite not in SUITES:
+        raise UserError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    folder = checkpoint_of(run)
+    checkpoint = Checkpoint.load(folder, device=config.check().device)
+    source = attribute_source(config.attributes) if config.attributes else None
+    data = config.data
+    if data is None:
+        if not (folder.parent / "faces.npz").is_file():
+            raise UserError(
+                f"--data: name a set of faces with captions and questions; {run} has no faces.npz of its own"
+            )
+        data = SetConfig(str(folder.parent / "faces.npz"))
+    side = checkpoint.image_tokenizer.config.side
+    faces = open_faces(
+        data, side, config.frame, config.faces or FACES[suite], config.questions, config.seed, source
+    )  # fmt: skip
+    weights = sorted(folder.glob("model*.safetensors"))
+    claim(out, {
+        "suite": suite, "weights": [checksums.sha256(each) for each in weights], "faces": faces.fingerprint,
+        "paint": asdict(config.paint), "answer_tokens": config.answer_tokens, "caption_tokens": config.caption_tokens,
+        "attributes": config.attributes, "identity": config.identity, "seed": config.seed,
+    })  # fmt: skip
+    with Work(checkpoint, out) as work:
+        measured = Suite(work, faces, config)
+        rows = measured.rows(suite)
+        result = {
+            "run": name_of(run), "suite": suite, "data": faces.name, "faces": len(faces.items),
+            "left_out": [f"{where}: {reason}" for where, reason in faces.left_out[:SHOWN]],
+            "left_out_count": len(faces.left_out), "config": checkpoint.model.config.to_dict(),
+            "seed": config.seed, "rows": [row.plain() for row in rows], "shown": measured.shown(),
+        }  # fmt: skip
+    write_json(out / "result.json", result)
+    return result
+
+
+def told(result: dict[str, Any]) -> str:
+    """A result for the terminal."""
+    lines = [f"{result['run']}: {result['suite']} suite, {result['faces']} faces of {result['data']}"]
+    for row in result["rows"]:
+        if row["value"] is None:
+            lines.append(f"  {row['title']:<28}not measured: {row['reason']}")
+            continue
+        digits = MEASURES[row["name"]].digits
+        span = "" if row["low"] is None else f"  [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+        lines.append(f"  {row['title']:<28}{row['value']:>9.{digits}f}{span}")
+    return "\n".join(lines)
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Hold `folder` for results of these settings alone.
+
+    Raises:
+        UserError: it holds results of others; the first setting that differs is named.
+    """
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    before = read_json(path) if path.exists() else settings
+    for name in settings:
+        if settings[name] != before.get(name):
+            raise UserError(f"{folder} holds results of another {name}: name another --out, or delete it")
+    write_json(path, settings)
+
+
+def attribute_source(name: str) -> AttributeSource:
+    """What measures attributes: `parser`, or a trained classifier's folder."""
+    from unif2ace import attributes
+
+    return attributes.source(name)
+
+
+class Suite:
+    """The rows of one model, each by a method of its name."""
+
+    def __init__(self, work: Work, faces: Faces, config: SuiteConfig) -> None:
+        self.work, self.faces, self.config = work, faces, config
+        self._paintings: list[tuple[Face, str, np.ndarray]] | None = None
+        self._features: dict[str, np.ndarray] = {}
+        self._inception: Inception | None = None
+        self._agreed: dict[str, dict[str, bool]] = {}
+
+    def rows(self, suite: str) -> list[Row]:
+        """Every row of the suite, in its order."""
+        made: dict[str, Callable[[str], Row]] = {
+            "fid": self.fid, "kid": self.kid, "fid_tokenizer": self.fid_tokenizer, "agreement": self.agreement,
+            "identity": self.identity, "identity_others": self.identity, "vqascore": self.vlm, "vlm_score": self.vlm,
+            "desc_gpt": self.judged, "conv_gpt": self.judged, "desc_ds": self.judged, "conv_ds": self.judged,
+            "vqa_exact": self.vqa, "vqa_soft": self.vqa, "caption_agreement": self.caption_agreement,
+        }  # fmt: skip
+        found = []
+        for name in SUITES[suite]:
+            try:
+                found.append(made[name](name))
+            except (Absent, UserError) as error:
+                found.append(Row(name, reason=str(error)))
+        return found
+
+    @property
+    def paintings(self) -> list[tuple[Face, str, np.ndarray]]:
+        """Faces with a caption, the caption, and what was painted from it."""
+        if self._paintings is None:
+            if not self.faces.captioned:
+                raise Absent("no face of the set has a caption to paint from")
+            done = self.work.paint(self.faces.captioned, replace(self.config.paint, seed=self.config.seed))
+            kept = [(face, done.get(face.key)) for face in self.faces.captioned]
+            self._paintings = [(face, each["prompt"], self.work.painting(each)) for face, each in kept if each]
+        if not self._paintings:
+            raise Absent("no caption fits into the model's prompt")
+        return self._paintings
+
+    def features(self, what: str) -> np.ndarray:
+        """Inception features of the faces, the paintings or the faces through the tokenizer."""
+        if what not in self._features:
+            path = self.work.folder / f"inception-{what}.npy"
+            if path.exists():
+                self._features[what] = np.load(path, allow_pickle=False)
+            else:
+                real = np.stack([face.image for face in self.faces.items])
+                images = {
+                    "faces": lambda: real, "rebuilt": lambda: self.work.rebuilt(real),
+                    "paintings": lambda: np.stack([image for *_, image in self.paintings]),
+                }[what]()  # fmt: skip
+                self._inception = self._inception or Inception(self.config.device)
+                self._features[what] = self._inception(images)
+                np.save(path, self._features[what])
+        return self._features[what]
+
+    def fid(self, name: str) -> Row:
+        return self._distance(name, distances.frechet, "paintings", 1.0)
+
+    def kid(self, name: str) -> Row:
+        return self._distance(name, distances.kid, "paintings", 1000.0)
+
+    def fid_tokenizer(self, name: str) -> Row:
+        return self._distance(name, distances.frechet, "rebuilt", 1.0)
+
+    def _distance(self, name: str, distance: distances.Distance, what: str, scale: float) -> Row:
+        first, second = self.features(what), self.features("faces")
+        if min(len(first), len(second)) < 2:
+            raise Absent("it needs at least two pictures of each")
+        value = scale * distance(first, second)
+        error = scale * distances.spread(distance, first, second, self.config.seed)
+        how = f"{len(first)} pictures to {len(second)} faces; interval: 1.96 standard errors of the bootstrap"
+        return Row(name, value, value - 1.96 * error, value + 1.96 * error, len(first), len(first), how=how)
+
+    def agreement(self, name: str) -> Row:
+        source = self.faces.source
+        if source is None:
+            raise Absent("nothing measures attributes: name --attributes=parser or a classifier's folder")
+        painted = [self.faces.told(prompt) for _, prompt, _ in self.paintings]
+        seen = source([image for *_, image in self.paintings])
+        itself = source([face.image for face, *_ in self.paintings])
+        keys, categories, right, ceiling = [], [], [], []
+        for (face, *_), told, found, own in zip(self.paintings, painted, seen, itself):
+            has, had = ({each.category: each.value for each in each_of} for each_of in (found, own))
+            for category, value in told.items():
+                if category in has:
+                    keys.append(face.key)
+                    categories.append(category)
+                    right.append(float(has[category] == value))
+                    self._agreed.setdefault(face.key, {})[category] = has[category] == value
+                if category in had:
+                    ceiling.append(had[category] == value)
+        if not right:
+            raise Absent(f"no prompt tells an attribute that {source.name} sees")
+        bound = f"; the faces themselves: {np.mean(ceiling):.3f}" if ceiling else ""
+        return Row.of(name, mean(right, keys), f"{source.name}{bound}", by={"attribute": tally(categories, right)})
+
+    def identity(self, name: str) -> Row:
+        """Cosines alone are kept; vectors are let go."""
+        from unif2ace.data.identity import FRAME
+        from unif2ace.encoders import FaceCountError, encoder
+
+        own = self.work.checkpoint.processor.encoders.get("identity", "sface").partition(":")[0]
+        wanted = self.config.identity
+        if wanted is None:
+            raise Absent(f"no encoder is named: --identity=arcface-mbf, sface or antelopev2:FOLDER, but not {own}")
+        if wanted.partition(":")[0] == own:
+            raise Absent(f"{own} is what the model itself is given: a model is not measured by it; name another")
+        done = self.work.journal("identity")
+        if any(face.key not in done for face, *_ in self.paintings):
+            options: dict[str, Any] = {"frame": FRAME} if self.config.frame == "face" else {"largest": True}
+            read = encoder(wanted, device=self.config.device, **options)
+            vectors: list[tuple[str, Any, Any]] = []
+            for face, _, image in self.paintings:
+                try:
+                    vectors.append((face.key, *read([face.image, image]).unbind(0)))
+                except FaceCountError:
+                    done.put(face.key, {"same": None, "other": None})
+            for (key, real, painted), (_, other, _) in zip(vectors, vectors[1:] + vectors[:1]):
+                done.put(key, {"same": float(real @ painted), "other": float(other @ painted)})
+        kind = "same" if name == "identity" else "other"
+        kept = [done.get(face.key) for face, *_ in self.paintings]
+        values = [each[kind] for each in kept if each[kind] is not None]
+        if not values:
+            raise Absent(f"{wanted} finds a face in none of the paintings")
+        return Row.of(name, mean(values), f"{wanted}; no face found in {len(kept) - len(values)}")
+
+    def vlm(self, name: str) -> Row:
+        config = self.config.vlm
+        if config is None:
+            raise Absent("no vision-language model is named: --vlm.folder=FOLDER or --vlm.endpoint.url=...")
+        shown = [Item(name, face.key, {"caption": prompt}, image) for face, prompt, image in self.paintings]
+        if config.endpoint is not None:
+            prompt = judge.prompt_of({"vqascore": "vqascore", "vlm_score": "vlm-score"}[name])
+            score = judge.said_yes if name == "vqascore" else judge.rated
+            note = "share of yes over the repetitions, not a probability; " if name == "vqascore" else ""
+            return self._asked(name, config.endpoint, prompt, shown, score, note)
+        done = self.work.journal(name)
+        missing = [item for item in shown if item.face not in done]
+        if missing:
+            model = LocalModel(Path(config.folder or ""), self.config.device)
+            rate = model.vqascore if name == "vqascore" else model.vlm_score
+            for item in missing:
+                done.put(item.face, rate([item.image], [item.values["caption"]])[0])  # type: ignore[list-item]
+        values = {item.face: done.get(item.face) for item in shown}
+        told = {key: value for key, value in values.items() if value is not None}
+        if not told:
+            raise Absent("the model said a number of none of the paintings")
+        how = f"{Path(config.folder or '').name}; no number in {len(values) - len(told)}"
+        return Row.of(name, mean(list(told.values())), how)
+
+    def judged(self, name: str) -> Row:
+        kind, _, who = name.partition("_")
+        endpoint = self.config.judge_gpt if who == "gpt" else self.config.judge_ds
+        if endpoint is None:
+            raise Absent(f"no judge is named: --judge_{who}.url=... and --judge_{who}.model=...")
+        if kind == "desc":
+            captions = self.captions
+            items = [Item("caption", each["face"], {"reference": each["references"][0], "given": each["given"]})
+                     for each in captions]  # fmt: skip
+            return self._asked(name, endpoint, judge.prompt_of("judge-description"), items, judge.judged)
+        items = [
+            Item(key, each["face"],
+                 {"question": each["question"], "reference": " / ".join(each["references"]), "given": each["given"]})
+            for key, each in self.answers.items()
+        ]  # fmt: skip
+        return self._asked(name, endpoint, judge.prompt_of("judge-answer"), items, judge.judged)
+
+    def _asked(
+        self, name: str, config: EndpointConfig, prompt: Any, items: list[Item], score: Callable[[Any], float | None],
+        note: str = "",
+    ) -> Row:  # fmt: skip
+        """A row of what an endpoint answers; of several rows that ask one endpoint, each has a folder of its own."""
+        with Endpoint(config, self.work.folder / "endpoints" / name) as endpoint:
+            verdict = judge.ask(endpoint, prompt, items, self.config.repeats, score)
+        if not verdict.asked:
+            raise Absent(f"{config.model} answered none of {len(items) * self.config.repeats} questions as asked")
+        spread = verdict.spread
+        how = (
+            f"{note}{config.model}, prompt {prompt.name} {prompt.version}, asked {self.config.repeats} times"
+            + (f", means spread by {spread:.3f}" if spread is not None else "")
+            + (f"; {verdict.refused} never answered as asked" if verdict.refused else "")
+            + (f"; {verdict.missing} not answered yet: run it again" if verdict.missing else "")
+        )
+        return Row.of(name, mean([each.score for each in verdict.asked], [each.face for each in verdict.asked]), how)
+
+    @property
+    def answers(self) -> dict[str, dict[str, Any]]:
+        if not self.faces.asked:
+            raise Absent("no face of the set has a question")
+        return dict(self.work.answer(self.faces.asked, self.config.answer_tokens).items())
+
+    @property
+    def captions(self) -> list[dict[str, Any]]:
+        if not self.faces.captioned:
+            raise Absent("no face of the set has a caption to hold one against")
+        return [each for _, each in self.work.describe(self.faces.captioned, self.config.caption_tokens).items()]
+
+    def vqa(self, name: str) -> Row:
+        rate = exact if name == "vqa_exact" else soft
+        answers = list(self.answers.values())
+        if not answers:
+            raise Absent("no question fits into the model's room for one")
+        values = [rate(each["given"], each["references"]) for each in answers]
+        by = {key: tally([each[key] for each in answers], values) for key in ("kind", "category")}
+        return Row.of(name, mean(values, [each["face"] for each in answers]), by=by)
+
+    def caption_agreement(self, name: str) -> Row:
+        keys, categories, right = [], [], []
+        for each in self.captions:
+            given = self.faces.told(each["given"])
+            for category, value in self.faces.told(each["references"][0]).items():
+                keys.append(each["face"])
+                categories.append(category)
+                right.append(float(given.get(category) == value))
+        if not right:
+            raise Absent("no reference caption tells an attribute that is known")
+        return Row.of(name, mean(right, keys), by={"attribute": tally(categories, right)})
+
+    def shown(self) -> dict[str, Any]:
+        """What the report shows: the first paintings, those that miss most of their prompt, and wrong answers."""
+        made = {"paintings": self.work.journal("paintings"), "answers": self.work.journal("answers")}
+        keys = [key for key, _ in made["paintings"].items()]
+        missed = {key: sum(not ok for ok in each.values()) for key, each in self._agreed.items()}
+        worst = sorted((key for key in missed if missed[key]), key=lambda key: (-missed[key], key))[:SHOWN]
+        wrong = [
+            each for _, each in made["answers"].items() if not exact(each["given"], each["references"])
+        ]  # fmt: skip
+        return {
+            "paintings": [{"face": key, **made["paintings"].get(key)} for key in keys[:SHOWN]],
+            "missed": [
+                {"face": key, **made["paintings"].get(key),
+                 "missed": [name for name, ok in self._agreed[key].items() if not ok]}
+                for key in worst
+            ],
+            "wrong": wrong[:: max(1, len(wrong) // SHOWN)][:SHOWN], "wrong_count": len(wrong),
+        }  # fmt: skip
