@@ -75,10 +75,11 @@ def parse(kind: type[T], values: Any, where: str) -> T:
         if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING and name not in values:
             raise UserError(f"{within}{name}: it is missing")
     hints = typing.get_type_hints(kind)
-    return kind(**{key: _value(hints[key], value, f"{within}{key}") for key, value in values.items()})
+    return kind(**{key: typed(hints[key], value, f"{within}{key}") for key, value in values.items()})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def typed(hint: Any, value: Any, where: str) -> Any:
+    """A plain value as a type hint has it, see `parse`; a dict's own values are as they came."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
@@ -89,7 +90,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {value!r}")
         item = typing.get_args(hint)[0]
-        return tuple(_value(item, each, f"{where}[{index}]") for index, each in enumerate(value))
+        return tuple(typed(item, each, f"{where}[{index}]") for index, each in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected keys and values, got {value!r}")
+        return value
     if hint is float and type(value) is int:
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 takes 1e-4 for a text

@@ -56,9 +56,9 @@ def assemble(
         if name is None:
             continue
         latents = kind == "semantic" and name == LATENTS
-        channels = own.bits if latents else _open(kind, name).channels
+        channels = own.bits if latents else open_encoder(kind, name, f"--{kind}").channels
         _same(getattr(config, kind), channels, f"channels of {kind} features", name, f"import with --{kind} {channels}")
-        encoders[kind] = name if latents else _absolute(name)
+        encoders[kind] = name if latents else absolute(name)
     loaded = read_model(Path(model), config, DTYPES[dtype])
     if semantic is not None:
         loaded.config.semantic_source = "image_tokenizer" if semantic == LATENTS else "clip"
@@ -72,17 +72,21 @@ def assemble(
     ]
 
 
-def _open(kind: str, name: str) -> Encoder:
+def open_encoder(kind: str, name: str, where: str) -> Encoder:
+    """The semantic or the identity encoder of that name; `where` names the option.
+
+    Raises:
+        UserError: there is none, or it cannot be opened.
+    """
     known = SEMANTIC if kind == "semantic" else IDENTITY
     if name.partition(":")[0] not in known:
         more = f", {LATENTS}" if kind == "semantic" else ""
-        raise UserError(
-            f"--{kind}: expected one of {', '.join(known)}{more}, with :PATH where it has one, got {name!r}"
-        )
+        raise UserError(f"{where}: expected one of {', '.join(known)}{more}, with :PATH where it has one, got {name!r}")
     return encoder(name)
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
+    """An encoder's name, its folder as it is found from anywhere."""
     kind, _, path = name.partition(":")
     return f"{kind}:{Path(path).resolve()}" if path else kind
 

@@ -11,6 +11,7 @@ from unif2ace.configs import UniF2aceConfig
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.model.image_tokenizer import ImageTokenizer
+from unif2ace.model.magvit import Magvit
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import IGNORE, Batch, mmu_batch, t2i_batch, t2i_prompts
 from unif2ace.model.text_tokenizer import TextTokenizer
@@ -106,7 +107,7 @@ class Recipe:
 
 
 @torch.no_grad()
-def initialise_codes(model: UniF2aceForConditionalGeneration, tokenizer: ImageTokenizer) -> None:
+def initialise_codes(model: UniF2aceForConditionalGeneration, tokenizer: ImageTokenizer | Magvit) -> None:
     """Give codes that share bits similar rows in the embedding and in the head, of the usual size.
 
     Codes that differ in one bit decode to similar patches; with rows that say so from the start, what is learned of
