@@ -38,7 +38,7 @@ def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = x.astype(np.float64)
     mean = x.mean(0)
     factor = (x - mean) / np.sqrt(len(x) - 1)
-    return mean, np.linalg.qr(factor, mode="r") if len(x) > x.shape[1] else factor
+    return mean, np.asarray(np.linalg.qr(factor, mode="r")) if len(x) > x.shape[1] else factor
 
 
 def kid(first: np.ndarray, second: np.ndarray) -> float:

@@ -90,7 +90,9 @@ class Measured:
         self._faces = faces
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[list[Attribute]]:
-        classes = self._faces.classify(np.stack(images)) if len(images) else []
+        if not len(images):
+            return []
+        classes = self._faces.classify(np.stack(images))
         return [
             [Attribute(each.name, each.words[value], 1.0) for each, value in zip(ATTRIBUTES, row)] for row in classes
         ]

@@ -16,13 +16,13 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: of all. low, high: of 95 % of the resamples; None where there is one group and nothing to resample.
-        count: how many numbers it is the mean of. groups: faces (or seeds) that were resampled.
+        size: how many numbers it is the mean of. groups: faces (or seeds) that were resampled.
     """
 
     value: float
     low: float | None
     high: float | None
-    count: int
+    size: int
     groups: int
 
 

@@ -211,11 +211,11 @@ def _breakdown(result: Result) -> str:
 def _picture(path: Path) -> str:
     """A picture's file as a data URL, small enough for a page; empty where it is gone."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            image.thumbnail((192, 192))
+        with Image.open(path) as opened:
+            small = opened.convert("RGB")
+            small.thumbnail((192, 192))
             file = io.BytesIO()
-            Image.fromarray(np.asarray(image)).save(file, format="JPEG", quality=88)  # without the file's own texts
+            Image.fromarray(np.asarray(small)).save(file, format="JPEG", quality=88)  # without the file's own texts
     except OSError:
         return ""
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

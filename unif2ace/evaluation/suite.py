@@ -55,7 +55,7 @@ class SuiteConfig:
     questions: at most so many of a face.
     paint: how paintings are sampled.
     answer_tokens, caption_tokens: longest answer and caption.
-    attributes: what measures attributes: `parser`, the packaged face parser, or the folder of a trained classifier.
+    attributes: what measures attributes: `parser:PATH`, a face parser; a demo run's faces have a measure of their own.
     identity: encoder of `unif2ace.encoders` for the identity cosine; another than the model's own.
     vlm: for VQAScore and VLM-score. judge_gpt, judge_ds: for the Desc- and Conv- scores.
     repeats: how often a judge is asked the same.
@@ -185,10 +185,13 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def attribute_source(name: str) -> AttributeSource:
-    """What measures attributes: `parser`, or a trained classifier's folder."""
-    from unif2ace import attributes
+    """What measures attributes, as `SuiteConfig.attributes` names it."""
+    kind, _, path = name.partition(":")
+    if kind != "parser" or not path:
+        raise UserError(f"attributes: expected parser:PATH, the face parser's package or folder, got {name!r}")
+    from unif2ace.attributes.parsed import ParsedAttributes
 
-    return attributes.source(name)
+    return ParsedAttributes(path)
 
 
 class Suite:
@@ -268,7 +271,7 @@ class Suite:
     def agreement(self, name: str) -> Row:
         source = self.faces.source
         if source is None:
-            raise Absent("nothing measures attributes: name --attributes=parser or a classifier's folder")
+            raise Absent("nothing measures attributes: name --attributes=parser:PATH")
         painted = [self.faces.told(prompt) for _, prompt, _ in self.paintings]
         seen = source([image for *_, image in self.paintings])
         itself = source([face.image for face, *_ in self.paintings])
@@ -306,7 +309,8 @@ class Suite:
             vectors: list[tuple[str, Any, Any]] = []
             for face, _, image in self.paintings:
                 try:
-                    vectors.append((face.key, *read([face.image, image]).unbind(0)))
+                    real, painted = read([face.image, image])
+                    vectors.append((face.key, real, painted))
                 except FaceCountError:
                     done.put(face.key, {"same": None, "other": None})
             for (key, real, painted), (_, other, _) in zip(vectors, vectors[1:] + vectors[:1]):

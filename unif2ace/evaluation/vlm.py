@@ -53,7 +53,8 @@ class LocalModel:
         except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder} is no vision-language model that transformers reads: {reason}") from error
-        self._model, self.device, self.name = model.to(device).eval(), device, folder.name
+        self.device, self.name = torch.device(device), folder.name
+        self._model = model.to(self.device).eval()  # type: ignore[arg-type]
         self._asks = {name: load_prompt(name, "unif2ace.evaluation") for name in ("vqascore", "vlm-score")}
         tokenizer = self._processor.tokenizer
         firsts = [tokenizer.encode(word, add_special_tokens=False)[:1] for word in _YES]

@@ -19,8 +19,8 @@ _NUMBERS = {
 _WITHOUT = (
     "aint arent cant couldve couldnt didnt doesnt dont hadnt hasnt havent hed hes howd hows im ive isnt itd itll "
     "mightve mustve mustnt oughtnt shant shes shouldve shouldnt somebodyd someoned thats thered theres theyd theyre "
-    "theyve wasnt weve werent whatll whatre whats whatve whens whered wheres whereve whod wholl whos whove whyll whyre whys "
-    "wont wouldve wouldnt yall youd youll youre youve"
+    "theyve wasnt weve werent whatll whatre whats whatve whens whered wheres whereve whod wholl whos whove whyll "
+    "whyre whys wont wouldve wouldnt yall youd youll youre youve"
 ).split()
 _ENDINGS = ("nt", "ll", "re", "ve", "d", "s", "m")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
