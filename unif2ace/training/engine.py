@@ -7,6 +7,7 @@ moments, averages and a few numbers. A stage begins as a resumed run does: from 
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -130,12 +131,12 @@ class Run:
                 self._sample(stage, work, start, step)
                 self.saved.poll()
         except UserError:
-            if step != self._at():
+            if step != self._at() and not self.saved.failed:
                 stage.save(self.saved, step, wait=True)  # what was learned until the data failed
             raise
         stage.save(self.saved, step, wait=True)
         if step < until:
-            raise Stopped(step, self.signals.received)
+            raise Stopped(step, self.signals.received or signal.SIGTERM)  # another rank may have got it
         self.state = self.saved.latest()
         return step
 

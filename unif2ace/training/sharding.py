@@ -70,7 +70,7 @@ def spread_experts(model: nn.Module, world: World, ranks: int) -> set[nn.Paramet
             whole = getattr(module, name)
             if whole is not None:
                 part = whole.detach().chunk(ranks)
-                here = part[mine].contiguous() if mine < len(part) else whole.detach()[:0]
+                here = (part[mine] if mine < len(part) else whole.detach()[:0]).clone()  # the rest is let go
                 spread = DTensor.from_local(
                     here.to(world.device), mesh, [Replicate(), Shard(0)],
                     run_check=False, shape=whole.shape, stride=whole.stride(),
@@ -83,11 +83,6 @@ def spread_experts(model: nn.Module, world: World, ranks: int) -> set[nn.Paramet
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of it, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of it; every rank calls this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def copies(parameter: torch.Tensor) -> int:

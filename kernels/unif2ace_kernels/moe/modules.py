@@ -133,11 +133,13 @@ class GroupedMoE(nn.Module):
         if self.routed_scale != 1:
             routed, always = routing.weight.split([self.top_k, self.shared], 1)
             routing = routing._replace(weight=torch.cat([self.routed_scale * routed, always], 1))
-        parameters = (self.experts_w_in, self.experts_b_in, self.experts_w_out, self.experts_b_out)
+        w_in, b_in, w_out, b_out = self.experts_w_in, self.experts_b_in, self.experts_w_out, self.experts_b_out
         if self.group is None:
-            y = experts(tokens, routing, *parameters, activation=self.activation)
+            y = experts(tokens, routing, w_in, b_in, w_out, b_out, activation=self.activation)
         else:
-            w_in, b_in, w_out, b_out = map(_local, parameters)
+            # Masters in float32 beside others that FSDP hands out in bfloat16: experts that are spread are not FSDP's.
+            w_in, w_out = (_local(each).to(tokens.dtype) for each in (w_in, w_out))
+            b_in, b_out = (None if each is None else _local(each).to(tokens.dtype) for each in (b_in, b_out))
             y = parallel_experts(
                 tokens, routing, w_in, b_in, w_out, b_out, activation=self.activation, group=self.group
             )

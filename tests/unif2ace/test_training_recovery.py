@@ -1,0 +1,218 @@
+"""What goes wrong in weeks of training: kills, signals, full disks, losses that are not numbers, ranks that die."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import training_runs as runs
+
+from unif2ace.training import states
+
+STEPS = 24
+EXACT = ("loss", "terms", "grad_norm", "grad_norms", "experts", "lr", "rows", "tokens", "stage")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recovery")
+    values = runs.prepare(folder, text=True)
+    values["save"] = {"every": 2, "minutes": 0, "keep": 2}
+    values["ema"] = 0.9
+    half = {"steps": STEPS // 2, "lr": 1e-2, "warmup": 2}
+    values["stages"] = [
+        {"name": "first", **half, "freeze": ["blocks.*.sequence.*"], "loss": {"lm": 0.5}},
+        {"name": "second", **half, "data": {"mix": {"t2i": 2, "mmu": 5, "lm": 2}}},
+    ]
+    return folder, runs.write(values, folder / "config.json")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared):
+    folder, config = prepared
+    runs.train(config, f"--run={folder / 'whole'}", hook="training_hooks:keys_told")
+    return folder / "whole"
+
+
+def exact(run: Path) -> list[dict]:
+    return [{key: record.get(key) for key in EXACT} for record in runs.records(run)]
+
+
+def same_run(run: Path, undisturbed: Path) -> None:
+    """Bit for bit, and with the same samples."""
+    assert exact(run) == exact(undisturbed)
+    assert [record["step"] for record in runs.records(run)] == list(range(STEPS))
+    expected = runs.weights(undisturbed)
+    assert all(value.equal(expected[name]) for name, value in runs.weights(run).items())
+
+
+def test_an_epoch_has_every_sample_once(undisturbed):
+    keys = [key for _, batches in _told(undisturbed) for key in sum(batches, [])]
+    counts = Counter(key for key in keys if key.startswith("mmu:"))
+    walked = 4 * STEPS // 2 + 5 * STEPS // 2
+    assert sum(counts.values()) == walked
+    assert set(counts.values()) <= {walked // 23, walked // 23 + 1} and len(counts) == 23
+
+
+def test_stages_train_what_they_say(undisturbed):
+    first, second = (runs.records(undisturbed)[step] for step in (0, STEPS // 2))
+    assert (first["stage"], second["stage"]) == ("first", "second")
+    assert first["rows"] == {"t2i": 4, "mmu": 4, "lm": 1} and second["rows"] == {"t2i": 2, "mmu": 5, "lm": 2}
+    assert "sequence" not in first["grad_norms"] and second["grad_norms"]["sequence"] > 0
+    rates = [record["lr"] for record in runs.records(undisturbed)]
+    assert rates[: STEPS // 2] == rates[STEPS // 2 :]  # each stage warms up and falls by itself
+    assert max(rates) == pytest.approx(1e-2, rel=0.05) and rates[STEPS // 2 - 1] < 1e-3
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_it_goes_on_bit_for_bit(prepared, undisturbed, kills):
+    folder, config = prepared
+    run, chance, done = folder / f"killed{kills}", random.Random(kills), 0
+    while done < kills:
+        with runs.Ranks(config, f"--run={run}", hook="training_hooks:keys_told") as ranks:
+            # From before the first step to well into the run, wherever that is by now.
+            wanted = chance.randrange(STEPS)
+            while wanted > len(_told(run)) and ranks.wait(0.02) == [None]:
+                pass
+            time.sleep(chance.random() * 0.2)
+            if ranks.wait(0.0) != [None]:
+                break
+            ranks.kill()
+        done += 1
+        if done < kills and len(_told(run)) >= STEPS - 1:  # near its end: once more from the beginning
+            (run / "log.jsonl").unlink()
+            for state in states.listed(run / "states"):
+                (state / states.RUN).unlink()
+    runs.train(config, f"--run={run}", hook="training_hooks:keys_told")
+    same_run(run, undisturbed)
+    told = dict(_told(undisturbed))
+    assert all(told[step] == keys for step, keys in _told(run))  # each time that a step was done
+    assert {step for step, _ in _told(run)} == set(range(STEPS))
+
+
+def _told(run: Path) -> list:
+    path = run / "keys.0.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]
+
+
+def test_killed_while_a_state_is_written(prepared, undisturbed):
+    folder, config = prepared
+    run = folder / "written"
+    with runs.Ranks(config, f"--run={run}", hook="training_hooks:killed_in_write") as ranks:
+        assert ranks.wait() == [-signal.SIGKILL]
+    assert list((run / "states").glob(".step-*.partial")) and states.listed(run / "states")
+    runs.train(config, f"--run={run}")
+    same_run(run, undisturbed)
+    assert not list((run / "states").glob(".*")) and len(states.listed(run / "states")) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_ends(prepared, undisturbed, ranks):
+    folder, config = prepared
+    run = folder / f"stopped{ranks}"
+    given = [f"--run={run}", "--save.every=1000"]
+    with runs.Ranks(config, *given, ranks=ranks, hook="training_hooks:slow_steps") as going:
+        while not (run / "log.jsonl").exists() or len(runs.records(run)) < 3:
+            assert going.wait(0.05) == [None] * ranks, going.said
+        going.signal(signal.SIGTERM, rank=ranks - 1)  # any one of them
+        assert going.wait() == [128 + signal.SIGTERM] * ranks, going.said
+        assert going.said.count("its state is saved") == 1
+    stopped = states.number(states.listed(run / "states")[-1])
+    assert stopped == len(runs.records(run)) < STEPS
+    runs.train(config, f"--run={run}", ranks=ranks)
+    if ranks == 1:
+        same_run(run, undisturbed)
+    assert [record["step"] for record in runs.records(run)] == list(range(STEPS))
+
+
+def test_other_ranks_go_on_from_the_state(prepared, undisturbed):
+    """Two ranks, then one, then two that share the experts."""
+    folder, config = prepared
+    run = folder / "elastic"
+    shape = [(2, "--parallel.experts=1", 6), (1, "--parallel.experts=1", 14), (2, "--parallel.experts=2", STEPS)]
+    for ranks, experts, until in shape:
+        with runs.Ranks(config, f"--run={run}", experts, ranks=ranks, hook="training_hooks:slow_steps") as going:
+            while until < STEPS and (not (run / "log.jsonl").exists() or len(runs.records(run)) < until):
+                assert going.wait(0.05) == [None] * ranks, going.said
+            if until < STEPS:
+                going.signal(signal.SIGTERM, rank=0)
+            assert set(going.wait()) == {128 + signal.SIGTERM if until < STEPS else 0}, going.said
+    for ours, theirs in zip(runs.records(run), runs.records(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["tokens"] == theirs["tokens"]
+    assert {event["ranks"] for event in runs.events(run, "resumed")} == {1, 2}
+
+
+def test_a_rank_that_dies_ends_the_others(prepared, undisturbed):
+    folder, config = prepared
+    run = folder / "lost"
+    with runs.Ranks(config, f"--run={run}", ranks=2, hook="training_hooks:slow_steps") as going:
+        while not (run / "log.jsonl").exists() or len(runs.records(run)) < 3:
+            assert going.wait(0.05) == [None, None], going.said
+        going.signal(signal.SIGKILL, rank=1)
+        assert going.wait(20) == [1, -signal.SIGKILL], going.said
+        last = going.said.strip().splitlines()[-1]
+    assert re.fullmatch(r"unif2ace: rank 0: another rank was lost; start the same command again .*", last)
+    for ours, theirs in zip(runs.train(config, f"--run={run}", ranks=2), runs.records(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_a_state_that_cannot_be_written_leaves_those_that_are(prepared, undisturbed):
+    folder, config = prepared
+    run = folder / "full"
+    with runs.Ranks(config, f"--run={run}", hook="training_hooks:killed_in_write") as ranks:
+        ranks.wait()
+    before = states.listed(run / "states")
+    with runs.Ranks(config, f"--run={run}", hook="training_hooks:no_space") as ranks:
+        assert ranks.wait() == [1]
+        assert "3 states in a row could not be written" in ranks.said and "free space" in ranks.said
+        assert "training goes on" in ranks.said and "Traceback" not in ranks.said
+    assert states.listed(run / "states") == before and not list((run / "states").glob(".*"))
+    assert len(runs.events(run, "state_failed")) == 3
+    runs.train(config, f"--run={run}")
+    same_run(run, undisturbed)
+
+
+def test_a_loss_that_is_no_number_is_passed_over(prepared):
+    folder, config = prepared
+    records = runs.train(config, f"--run={folder / 'nan'}", hook="training_hooks:nan_twice")
+    assert [record["skipped"] for record in records[:5]] == [0, 1, 2, 2, 2]
+    assert all(record["loss"] == record["loss"] for record in records if record["step"] not in (1, 2))
+    assert [event["step"] for event in runs.events(folder / "nan", "skipped")] == [1, 2]
+
+
+def test_too_many_of_them_stop_the_run_with_a_report(prepared):
+    folder, config = prepared
+    run = folder / "nans"
+    with runs.Ranks(config, f"--run={run}", "--max_skipped=1", ranks=2, hook="training_hooks:nan_twice") as ranks:
+        assert ranks.wait() == [1, 1], ranks.said
+        assert ranks.said.count("2 steps had no finite gradient, max_skipped allows 1") == 1
+    report = json.loads((run / "skipped.json").read_text())
+    assert report["step"] == 2 and len(report["samples"]) == 2 and sum(map(len, sum(report["samples"], []))) == 9
+    assert states.listed(run / "states")
+
+
+def test_data_that_cannot_be_read_stops_all_ranks_with_the_files_name(prepared):
+    folder, config = prepared
+    values = json.loads(config.read_text())
+    values |= {"run": str(folder / "unread"), "stages": [{"name": "only", "steps": 40, "lr": 1e-3}]}
+    broken = folder / "broken"
+    shard = next(Path(values["data"]["sets"][0]["path"]).glob("*.tar"))
+    broken.mkdir()
+    for each in shard.parent.iterdir():
+        (broken / each.name).write_bytes(each.read_bytes())
+    content = bytearray((broken / shard.name).read_bytes())
+    content[len(content) // 3 :] = b"\xff" * (len(content) - len(content) // 3)
+    (broken / shard.name).write_bytes(content)
+    values["data"]["sets"][0]["path"] = str(broken)
+    with runs.Ranks(runs.write(values, folder / "broken.json"), ranks=2) as ranks:
+        assert ranks.wait() == [1, 1], ranks.said
+        told = [line for line in ranks.said.splitlines() if line.startswith("unif2ace: ")]
+    assert len(told) == 1 and "data.max_corrupt allows 3" in told[0] and shard.name in told[0], told

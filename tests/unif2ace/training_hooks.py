@@ -1,0 +1,67 @@
+"""What goes wrong in a rank, on purpose: called in its process before the command starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
+from unif2ace.training import states
+from unif2ace.training.stage import Stage
+
+
+def keys_told() -> None:
+    """The samples of every step, redone ones too, go to RUN/keys.RANK.jsonl."""
+    step = Stage.step
+
+    def told(self, work):
+        with open(self.config.folder / f"keys.{self.world.rank}.jsonl", "a") as file:
+            file.write(json.dumps([work.step, work.keys]) + "\n")
+        return step(self, work)
+
+    Stage.step = told
+
+
+def killed_in_write() -> None:
+    """Dies after a state's tensors are on the disk and before it is one, the second time."""
+    write, calls = states.write_json, []
+
+    def dies(path, value):
+        calls.append(path)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, value)
+
+    states.write_json = dies
+
+
+def no_space() -> None:
+    """No file can be longer than 60 kB: a real refusal of the file system, which a full disk's is like."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def nan_twice() -> None:
+    """The losses of the second and third batch are not numbers."""
+    loss, calls = UniF2aceForConditionalGeneration._loss, []
+
+    def poisoned(self, *arguments):
+        calls.append(1)
+        total, terms = loss(self, *arguments)
+        return (total * float("nan"), terms) if len(calls) in (2, 3) else (total, terms)
+
+    UniF2aceForConditionalGeneration._loss = poisoned
+
+
+def slow_steps() -> None:
+    """A step takes a tenth of a second, so that a signal meets the run in the middle."""
+    import threading
+
+    step, waiting = Stage.step, threading.Event()
+
+    def slow(self, work):
+        waiting.wait(0.1)
+        return step(self, work)
+
+    Stage.step = slow
