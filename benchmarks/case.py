@@ -13,6 +13,7 @@ Outputs = Sequence[torch.Tensor]
 Run = Callable[[], Outputs]
 
 OURS = "ours"
+_PART = 1 << 16  # numbers
 FORWARD, TRAINING = "forward", "forward+backward"
 
 
@@ -91,9 +92,13 @@ def relative_error(output: torch.Tensor, truth: torch.Tensor) -> float:
     """||output - truth|| / ||truth|| in float64; infinite where shapes differ or something is not finite."""
     if output.shape != truth.shape:
         return math.inf
-    difference = torch.linalg.vector_norm(output.detach().double() - truth.double()).item()
-    size = torch.linalg.vector_norm(truth.double()).item()
-    error = difference / size if size > 0 else difference
+    difference = size = torch.zeros((), dtype=torch.float64, device=truth.device)
+    # In parts that stay in the cache: float64 copies of a head's gradients took longer than the head's loss.
+    for part, true in zip(output.detach().reshape(-1).split(_PART), truth.reshape(-1).split(_PART)):
+        wide = true.double()
+        difference = difference + (part.double() - wide).square().sum()
+        size = size + wide.square().sum()
+    error = (difference / size if size > 0 else difference).sqrt().item()
     return error if math.isfinite(error) else math.inf
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from .case import Run
+from .case import Outputs, Run
 
 MIN_SAMPLE_S = 2e-3  # a CPU sample repeats its call until it is this long: the clock and the call's own noise
 MIN_ROUNDS, MAX_ROUNDS = 7, 50
 # A round, or a contender, that takes long is a steady clock by itself: seconds -> fewest samples.
-FEWER_ROUNDS = {1.0: 5, 4.0: 3}
+FEWER_ROUNDS = {0.5: 5, 3.0: 3}
 REFRESH_S = 60.0  # after so long the device's ceilings are looked at again
 _FLUSH_BYTES = 256 << 20  # several times any L2
 _AHEAD_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
@@ -164,6 +164,22 @@ def saved_bytes(run: Run) -> int:
 
     That is what autograd is given to save, each storage once; not what a function hides from it.
     """
+    watched, total = _watched(run)
+    watched()
+    return total()
+
+
+def peak_and_saved_bytes(run: Run, device: torch.device) -> tuple[int | None, int]:
+    """`peak_bytes` and `saved_bytes` of one call."""
+    watched, total = _watched(run)
+    peak = peak_bytes(watched, device)
+    if peak is None:  # then nothing was run
+        watched()
+    return peak, total()
+
+
+def _watched(run: Run) -> tuple[Run, Callable[[], int]]:
+    """`run`, and what autograd was given to keep in it so far."""
     before = {_storage(each) for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)}
     kept: dict[int, int] = {}
 
@@ -172,9 +188,11 @@ def saved_bytes(run: Run) -> int:
             kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
+    def watched() -> Outputs:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return run()
+
+    return watched, lambda: sum(kept.values())
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,12 +34,13 @@ from .measure import (
     host_seconds,
     interleaved,
     matmul_rate,
+    peak_and_saved_bytes,
     peak_bytes,
-    saved_bytes,
 )
+from .stages import CUT
 
 Record = dict[str, Any]
-LONG_CALL_S = 2.0  # a call that took so long when it was checked is not made again to learn how long it takes
+LONG_CALL_S = 0.1  # a call that took so long when it was checked is not made again to learn how long it takes
 OK, MISSING, WRONG, ERROR = "ok", "missing", "wrong", "error"
 
 
@@ -76,9 +78,7 @@ def run_case(
     known: dict[str, float] = {}
     baselines = {name: each for name, each in work.baselines.items() if against in name}
     for name, contender in {OURS: Baseline(work.ours), **baselines}.items():
-        start = time.perf_counter()
-        verdict = _admit(contender, work, compiling)
-        took = time.perf_counter() - start
+        verdict, took = _admit(contender, work, compiling)
         if took > LONG_CALL_S and not contender.compiles and device.type == "cpu":
             known[name] = took
         records[name] = {**base, "contender": name, **verdict}
@@ -93,23 +93,25 @@ def run_case(
     return list(records.values())
 
 
-def _admit(contender: Baseline, work: Work, compiling: bool) -> Record:
-    """Run a contender once and compare its outputs: may it be timed?"""
+def _admit(contender: Baseline, work: Work, compiling: bool) -> tuple[Record, float]:
+    """Run a contender once and compare its outputs: may it be timed? And the seconds of that call."""
     if contender.run is None:
-        return {"status": MISSING, "reason": contender.missing}
+        return {"status": MISSING, "reason": contender.missing}, 0.0
     if contender.compiles and not compiling:
-        return {"status": MISSING, "reason": "it compiles, which this run was told not to do"}
+        return {"status": MISSING, "reason": "it compiles, which this run was told not to do"}, 0.0
+    start = time.perf_counter()
     try:
         outputs = contender.run()
     except Exception as error:  # a peer may fail in any way; the line says which
-        return _raised(error, ours=contender.run is work.ours)
+        return _raised(error, ours=contender.run is work.ours), 0.0
+    took = time.perf_counter() - start
     if contender.rate_only:
-        return {"status": OK, "compared": False}
+        return {"status": OK, "compared": False}, took
     error = work.error(outputs)
     verdict: Record = {"status": OK, "compared": True, "error": _finite(error), "tolerance": work.tolerance}
     if not error <= work.tolerance:
         verdict |= {"status": WRONG, "reason": f"error {error:.2e} against float64 is above {work.tolerance:.0e}"}
-    return verdict
+    return verdict, took
 
 
 def _raised(error: BaseException | None, *, ours: bool) -> Record:
@@ -150,9 +152,10 @@ def _time(
             "share_of_floor": floor / took.median,
         }
         try:
-            measured["peak_bytes"] = peak_bytes(run, device)
             if case.mode == TRAINING:
-                measured["saved_bytes"] = saved_bytes(run)
+                measured["peak_bytes"], measured["saved_bytes"] = peak_and_saved_bytes(run, device)
+            else:
+                measured["peak_bytes"] = peak_bytes(run, device)
             if device.type == "cuda":
                 measured |= {"launches": cuda_launches(run), "host_ms": host_seconds(run) * 1e3}
         except Exception as error:
@@ -185,7 +188,22 @@ def select(cases: Iterable[Case], *, op: str, shape: str, device: str, smoke: bo
     ]
 
 
-def run_all(cases: Sequence[Case], device: torch.device, out: TextIO | None, **options: Any) -> list[Record]:
+class InTime:
+    """Cases one by one, as long as one more like the longest so far ends within `seconds`; `left` are the others."""
+
+    def __init__(self, cases: Iterable[Case], seconds: float) -> None:
+        self.left, self.seconds = list(cases), seconds
+
+    def __iter__(self) -> Iterator[Case]:
+        began = last = time.monotonic()
+        longest = 0.0
+        while self.left and last - began + longest <= self.seconds:
+            yield self.left.pop(0)
+            now = time.monotonic()
+            longest, last = max(longest, now - last), now
+
+
+def run_all(cases: Iterable[Case], device: torch.device, out: TextIO | None, **options: Any) -> list[Record]:
     """`run_case` on each; every record becomes a JSON line and a row on stdout as soon as its case is done."""
     environment = describe(device.type)
     done: list[Record] = []
@@ -232,6 +250,8 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     parser.add_argument("--against", default="", help="only baselines whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on timing each case")
+    parser.add_argument("--rounds", type=int, default=MAX_ROUNDS, help="at most so many samples of each contender")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no case is begun")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that compile")
     parser.add_argument("--check", action="store_true", help="compare outputs with float64's and time nothing")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, nothing compiled: does everything run?")
@@ -255,17 +275,20 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(options.json.open("a"))
+        timely = InTime(chosen, options.limit)
         records = run_all(
-            chosen, device, out, seconds=0.0 if options.smoke else options.seconds, against=options.against,
+            timely, device, out, seconds=0.0 if options.smoke else options.seconds, against=options.against,
             compiling=not (options.no_compile or options.smoke), timing=not options.check,
-            max_rounds=3 if options.smoke else MAX_ROUNDS,
+            max_rounds=3 if options.smoke else options.rounds,
         )  # fmt: skip
         if out is not None and not (options.smoke or options.check):
             out.write(json.dumps({**ceilings(device), **describe(device.type)}) + "\n")
     failed = failures(records)
     for record in failed:
         print(f"\nFAILED {record['op']} {record['shape']} {record['contender']}: {record['reason']}", file=sys.stderr)
-    return 1 if failed else 0
+    if timely.left:
+        print(f"\nCUT {len(timely.left)} of {len(chosen)} cases, from {timely.left[0].name} on", file=sys.stderr)
+    return 1 if failed else CUT if timely.left else 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from .environment import ROOT
 
 OK, FAILED, TIMEOUT, NOT_RUN = "ok", "failed", "timeout", "not run"
+CUT = 124  # the exit status of a command that ended itself at a limit, as timeout(1) has it
 MIN_SLICE_S = 3.0  # less is left: the stage is not begun
 TAIL = 6000  # characters of a stage's output that the report keeps
 
@@ -61,7 +62,7 @@ def run_stage(stage: Stage, seconds: float, log: Path, path: Sequence[str] = ())
         )  # fmt: skip
         try:
             code = process.wait(timeout=seconds)
-            status = OK if code == 0 else NOT_RUN if code == stage.empty_code else FAILED
+            status = {0: OK, stage.empty_code: NOT_RUN, CUT: TIMEOUT}.get(code, FAILED)
         except subprocess.TimeoutExpired:
             status, code = TIMEOUT, None
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from benchmarks import compare, measure, run
 from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error_against, relative_error, truth_of
 from benchmarks.cases import CASES
 from benchmarks.environment import ROOT, without_folders
-from benchmarks.measure import Spread, counted, interleaved, peak_bytes, rotated, saved_bytes
+from benchmarks.measure import Spread, counted, interleaved, peak_and_saved_bytes, peak_bytes, rotated, saved_bytes
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 2, 64)
@@ -169,6 +170,12 @@ def test_spread_and_relative_error() -> None:
     truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
     assert relative_error(torch.tensor([3.0, 4.5]), truth) == pytest.approx(0.1)
     assert relative_error(torch.tensor([3.0, math.inf]), truth) == math.inf
+    assert relative_error(torch.tensor([3.0, 4.0, 0.0]), truth) == math.inf
+    long = torch.ones(2, 100_000, dtype=torch.float64)  # in parts, and not as it lies in memory
+    other = long.t().contiguous().t().float()
+    other[1, -1] = 101.0
+    assert relative_error(other, long) == pytest.approx(100 / math.sqrt(200_000))
+    assert relative_error(torch.tensor(0.5), torch.tensor(0.0, dtype=torch.float64)) == 0.5
 
 
 def test_bind_appends_gradients_in_training_only() -> None:
@@ -206,6 +213,22 @@ def test_saved_memory_is_what_autograd_keeps_beside_the_inputs() -> None:
     assert saved_bytes(step(3)) == 16000
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_both_memories_are_read_in_one_call(monkeypatch, readable: bool) -> None:
+    x, calls = torch.randn(1 << 20, requires_grad=True), []
+
+    def step():
+        calls.append(1)
+        return torch.autograd.grad(x.exp().exp().sum(), [x])
+
+    if not readable:  # another system than Linux
+        monkeypatch.setattr("benchmarks.measure._proc_status", lambda key: {}[key])
+        monkeypatch.setattr("benchmarks.measure.peak_bytes", lambda run, device: None)
+    peak, saved = peak_and_saved_bytes(step, CPU)
+    assert calls == [1] and saved == 2 * x.nbytes
+    assert peak is None if not readable or not sys.platform.startswith("linux") else peak > 2 * x.nbytes - (1 << 20)
+
+
 def test_counted_work_grows_with_work() -> None:
     x, y = torch.randn(64, 64), torch.randn(128, 64)
     once, twice = counted(lambda: x + x), counted(lambda: (x + x) + x)
@@ -215,11 +238,11 @@ def test_counted_work_grows_with_work() -> None:
 
 
 def test_slow_contenders_take_part_in_the_first_rounds_only(monkeypatch) -> None:
-    clock = {"fast": 0.5, "slow": 2.0, "slowest": 9.0}
+    clock = {"fast": 0.4, "slow": 2.0, "slowest": 9.0}
     monkeypatch.setattr("benchmarks.measure._cpu_sample", lambda run, inner: clock[run()])
     contenders = {name: (lambda name=name: name) for name in clock}
     samples = interleaved(contenders, CPU, seconds=4.5, known={"slowest": 9.0})
-    assert {name: len(each) for name, each in samples.items()} == {"fast": 9, "slow": 5, "slowest": 3}
+    assert {name: len(each) for name, each in samples.items()} == {"fast": 11, "slow": 5, "slowest": 3}
     alone = interleaved({"slowest": contenders["slowest"]}, CPU, seconds=0)
     assert len(alone["slowest"]) == 3
 
@@ -233,6 +256,51 @@ def test_ceilings_are_looked_at_again_and_only_rise(monkeypatch) -> None:
         now[0] = moment
         seen.append(measure._ceiling(("copy", "toy"), lambda: next(rates)))
     assert seen == [2.0, 2.0, 2.0, 2.0, 5.0]
+
+
+def test_no_case_is_begun_that_would_not_end_in_time(tmp_path: Path, monkeypatch, capsys) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "ceilings", lambda device: {"op": "ceilings", "contender": "torch", "status": "ok"})
+
+    def taking(seconds: float, name: str) -> Case:
+        def ours(x):
+            clock[0] += seconds / 6  # checked, sampled, 3 rounds, memory
+            return (x * x,)
+
+        return dataclasses.replace(square_case(ours=ours), shape=name, smoke=False)
+
+    monkeypatch.setattr(run, "floor_seconds", lambda *work: 1e-3)
+    monkeypatch.setattr(measure, "MIN_SAMPLE_S", 0.0)
+    cases = [taking(10.0, "a"), taking(30.0, "b"), taking(1.0, "c"), taking(1.0, "d")]
+    arguments = ["--json", str(tmp_path / "out.jsonl"), "--rounds", "3", "--seconds", "0"]
+    for limit, done in ((69.0, "a b"), (70.5, "a b c"), (1000.0, "a b c d"), (0.0, "a")):
+        clock[0] = 0.0
+        (tmp_path / "out.jsonl").unlink(missing_ok=True)
+        status = run.main([*arguments, "--limit", str(limit)], cases)
+        written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [each.get("shape") for each in written] == [*done.split(), None]  # the ceilings at last
+        left = 4 - len(done.split())
+        assert status == (run.CUT if left else 0)
+        assert (f"CUT {left} of 4 cases" in capsys.readouterr().err) == (left > 0)
+
+
+def test_a_long_call_is_not_made_again_to_learn_its_time(monkeypatch) -> None:
+    monkeypatch.setattr(run, "LONG_CALL_S", 0.01)
+    calls: list[str] = []
+
+    def noted(name: str, seconds: float):
+        def function(x):
+            calls.append(name)
+            time.sleep(seconds)
+            return (x * x,)
+
+        return function
+
+    records = run_toy(square_case(ours=noted("ours", 0.0), long=noted("long", 0.02)))
+    assert records["long"]["rounds"] == 3
+    # checked, (sampled for its time), 3 rounds, memory
+    assert calls.count("long") == 5 and calls.count("ours") > 6
 
 
 def test_micro_cases_run_without_being_timed() -> None:

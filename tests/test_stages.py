@@ -27,6 +27,7 @@ def test_stages_survive_crashes_hangs_and_each_other(tmp_path: Path) -> None:
         stages.Stage("hang", python(hang + "time.sleep(60)"), 4),
         stages.Stage("torn", python(torn), 20),
         stages.Stage("empty", python("raise SystemExit(5)"), 20, empty_code=5),
+        stages.Stage("cut", python("raise SystemExit(124)"), 20),
         stages.Stage("absent", ["/no/such/program"], 20),
         stages.Stage("here", python("print('still here')"), 20),
         stages.Stage("missing", ["never run"], 20, missing=gpu.NO_CUDA),
@@ -36,8 +37,8 @@ def test_stages_survive_crashes_hangs_and_each_other(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report == returned and report["commit"] == "c"
     status = {stage["name"]: stage["status"] for stage in report["stages"]}
-    assert status == {"crash": "failed", "hang": "timeout", "torn": "failed", "empty": "not run", "absent": "failed",
-                      "here": "ok", "missing": "not run", "late": "not run"}  # fmt: skip
+    assert status == {"crash": "failed", "hang": "timeout", "torn": "failed", "empty": "not run", "cut": "timeout",
+                      "absent": "failed", "here": "ok", "missing": "not run", "late": "not run"}  # fmt: skip
     by_name = {stage["name"]: stage for stage in report["stages"]}
     assert by_name["hang"]["seconds"] < 15 and "begun" in by_name["hang"]["tail"]
     assert by_name["here"]["tail"].strip() == "still here"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import Baseline, Outputs, bind, compiled
+from ..case import FORWARD, Baseline, Outputs, bind, compiled
 
 IGNORE = -100
 Contender = Callable[..., Outputs]
@@ -111,13 +111,21 @@ def peers(problem: Problem) -> dict[str, Baseline]:
     """Every way that is known to get the loss, or the reason why it is missing here."""
     return {
         # Over fewer columns than the vocabulary's it is another loss: what Show-o spends, not what it gives.
-        "full float32 logits, CE": problem.bind(problem.full_logits, rate_only=not problem.is_full),
+        "full float32 logits, CE": _full_logits(problem),
         "masked rows, sliced logits": problem.bind(problem.of_rows(sliced_ce)),
         "torch.compile, sliced logits": problem.bind(problem.of_rows(compiled(sliced_ce)), compiles=True),
         **_torch_peers(problem),
         "Liger fused linear CE": _liger(problem),
         "cut-cross-entropy": _cut_cross_entropy(problem),
     }
+
+
+def _full_logits(problem: Problem) -> Baseline:
+    hidden, weight = problem.inputs[:2]
+    work = 2.0 * hidden[..., 0].numel() * weight.numel() * (1 if problem.mode == FORWARD else 3)
+    if work > 1e12 and hidden.dtype == torch.float32 and not _on_gpu(hidden.device):
+        return Baseline(None, missing=f"{work / 1e12:.1f} TFLOP in float32: ten seconds a call; bfloat16 has it")
+    return problem.bind(problem.full_logits, rate_only=not problem.is_full)
 
 
 def _torch_peers(problem: Problem) -> Mapping[str, Baseline]:
