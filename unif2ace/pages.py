@@ -39,9 +39,14 @@ def table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
     return f'<table class="{kind}"><tr>{head}</tr>' + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
 
 
-def embedded(path: Path) -> str:
+def address(png: bytes) -> str:
     """A PNG as the address of an image, so that a page needs no other file."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def embedded(path: Path) -> str:
+    """The address of the PNG at `path`."""
+    return address(path.read_bytes())
 
 
 def save(path: Path, figure: Figure, dpi: int = 110) -> None:

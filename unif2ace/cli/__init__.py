@@ -11,6 +11,7 @@ from unif2ace.cli.answering import add_ask, add_caption, add_chat
 from unif2ace.cli.evaluating import add_ablate, add_evaluate
 from unif2ace.cli.importing import add_import
 from unif2ace.cli.painting import add_generate, add_inpaint
+from unif2ace.cli.reporting import add_report
 from unif2ace.cli.responsible import add_card, add_demo_app, add_watermark
 from unif2ace.errors import UserError
 
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="the state before this step (default: the newest)")
     export.add_argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/checkpoint)")
     export.set_defaults(run=_export)
+
+    add_report(commands.add_parser("report", help="how a training run went, as one page: RUN/report.html"))
 
     info = commands.add_parser("info", help="parameters by part, in all and used by a token")
     info.add_argument("checkpoint", help="folder of a checkpoint or of an import; or base, the 1.8B shape")
