@@ -105,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--sharding", choices=["fsdp", "ddp"], default="fsdp", help="(default: fsdp)")
     planning.add_argument("--attention", choices=["fused", "math"], default="fused", help="(default: fused)")
     planning.add_argument("--gpu-memory", type=float, default=141, help="GB of a GPU (default: an H200's, 141)")
+    words = "also what a step costs on so many GPUs, by a model (64 1024: both)"
+    planning.add_argument("--cluster", type=int, nargs="+", default=[], metavar="GPUS", help=words)
     planning.set_defaults(run=_plan)
     return parser
 

@@ -10,6 +10,16 @@ from unif2ace.configs import UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
 from unif2ace.importers.parts import model_config
 from unif2ace.planning import activations
+from unif2ace.planning.cluster import (
+    EXCHANGE,
+    GATHER,
+    REDUCE,
+    SCATTER,
+    Cluster,
+    efficiency,
+    layouts,
+    step_cost,
+)
 from unif2ace.planning.plan import (
     GB,
     GIB,
@@ -32,7 +42,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bf16", "autocast": "autocast"}
 
 def plan(parsed: argparse.Namespace) -> None:
     """Print a table of memory by part, a column a number of GPUs, and what it assumes."""
-    for name in ("gpus", "batch", "length", "gpu_memory"):
+    for name in ("gpus", "batch", "length", "gpu_memory", "cluster"):
         given = getattr(parsed, name)
         values = given if isinstance(given, list) else [] if given is None else [given]
         if min(values, default=1) <= 0:
@@ -63,6 +73,7 @@ def report(parsed: argparse.Namespace) -> list[str]:
         f"{number.all:,} parameters that are trained: {number.blocks:,} in {config.num_hidden_layers} layers, "
         f"{number.embedding:,} embedding, {number.head:,} head, {number.apart:,} others", "",
         *_memory_table(memories, space), "", *_step_table(columns, most), "", *assumptions(asked, space),
+        *_clusters(replace(asked, step=scaled(asked.step, parsed.batch or max(1, min(most.values())))), parsed.cluster),
     ]  # fmt: skip
 
 
@@ -99,6 +110,49 @@ def _step_table(columns: dict[int, Training], most: dict[int, int]) -> list[str]
     ]  # fmt: skip
     head = [f"| a step | {' | '.join(map(_gpus, columns))} |", "|---|" + "--:|" * len(columns)]
     return head + [f"| {name} | {' | '.join(values)} |" for name, values in rows]
+
+
+def _clusters(training: Training, sizes: list[int]) -> list[str]:
+    """The cost model of a step on so many GPUs, and what it assumes."""
+    if not sizes:
+        return []
+    cluster = Cluster()
+    try:
+        return ["", f"A model of a step of {training.step.rows} rows a GPU, not a measurement:", "",
+                *cluster_table(cluster, training, sizes), "", *cluster_assumptions(cluster)]  # fmt: skip
+    except ValueError as wrong:
+        raise UserError(f"--cluster: {wrong}") from wrong
+
+
+def cluster_table(cluster: Cluster, training: Training, sizes: list[int]) -> list[str]:
+    """A row a layout: GB that a GPU sends in a step by kind, milliseconds, and the efficiency."""
+    kinds = (GATHER, SCATTER, REDUCE, EXCHANGE)
+    head = ["GPUs", "layout", *(f"{kind}, GB" for kind in kinds), "compute, ms", "sending, ms", "not hidden, ms",
+            "efficiency"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|--:|---|" + "--:|" * (len(head) - 2)]
+    for gpus in sizes:
+        for layout in layouts(gpus, cluster, training.config):
+            cost = step_cost(cluster, training, layout)
+            sent = [f"{cost.collectives[kind].sent / GB:.2f}" for kind in kinds]
+            times = [cost.compute, sum(each.seconds for each in cost.collectives.values()), cost.exposed]
+            share = efficiency(cluster, training, layout)
+            cells = [f"{gpus:,}", str(layout), *sent, *(f"{1e3 * each:.1f}" for each in times), f"{share:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def cluster_assumptions(cluster: Cluster) -> list[str]:
+    """What the model rests on, a line each."""
+    return [
+        "Assumed of the cluster, none of it measured here:",
+        *(f"- {each}" for each in cluster.words),
+        "- FSDP gathers a layer's weights for the forward and again for the backward and sums its gradients in "
+        "float32; HSDP shards within a node and sums the shards across nodes",
+        "- experts over a node's GPUs: tokens choose among their group's experts evenly, nothing hides the rows' way, "
+        "and all wait for the GPU with the most of them",
+        "- efficiency: a GPU's rate in the cluster over its rate alone, with the same rows and share of the peak",
+        "- left out: stragglers, data, the optimizer, checkpoints, failures",
+    ]
 
 
 def _gpus(number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,15 @@ def _work(rank: int, ranks: int, store: str, checks: list[tuple[str, Check]], re
     dist.destroy_process_group()
 
 
-def run(ranks: int, checks: list[tuple[str, Check]]) -> dict[str, str]:
+def run(ranks: int, checks: list[tuple[str, Check]], imports: Sequence[str] = ()) -> dict[str, str]:
     """What went wrong in each check on any of `ranks` processes, by its name; "" for nothing.
 
     Args:
         checks: names, and functions of the process group; picklable.
+        imports: modules that they need and that take long to import, which is done once.
     """
-    start = multiprocessing.get_context("forkserver")  # torch is imported once
-    start.set_forkserver_preload(["torch", "torch.distributed.fsdp", "unif2ace_kernels"])
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(["torch", "torch.distributed.fsdp", "unif2ace_kernels", *imports])
     results = start.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
