@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unif2ace.cli.answering import add_ask, add_caption, add_chat
+from unif2ace.cli.building import add_build_dataset, add_serve_language
 from unif2ace.cli.evaluating import add_ablate, add_evaluate
 from unif2ace.cli.importing import add_import
 from unif2ace.cli.painting import add_generate, add_inpaint
@@ -15,7 +16,15 @@ from unif2ace.cli.reporting import add_report
 from unif2ace.cli.responsible import add_card, add_demo_app, add_watermark
 from unif2ace.errors import UserError
 
-EXTRAS = {"gradio": "app", "starlette": "app", "onnxruntime": "faces", "open_clip": "clip"}  # of a package; else demo
+EXTRAS = {  # of a package; else demo
+    "gradio": "app",
+    "starlette": "app",
+    "onnxruntime": "faces",
+    "open_clip": "clip",
+    "jsonschema": "dataset",
+    "httpx": "dataset",
+    "gguf": "language",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,9 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model, from a config and its state; torchrun starts many ranks")
     train.add_argument("config", type=Path, help="YAML file; every key of it can be given as --a.b=c")
-    train.add_argument(
-        "--dry-run", action="store_true", help="print the whole config, sizes, memory, steps"
-    )
+    train.add_argument("--dry-run", action="store_true", help="print the whole config, sizes, memory, steps")
     train.add_argument("--ranks", type=int, default=1, help="of --dry-run, where torchrun does not say (default: 1)")
     train.set_defaults(run=_train, takes_overrides=True)
 
@@ -86,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="the state before this step (default: the newest)")
     export.add_argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/checkpoint)")
     export.set_defaults(run=_export)
+
+    attributes = commands.add_parser("train-attributes", help="train a classifier of face attributes on labelled faces")
+    attributes.add_argument("config", type=Path, nargs="?", help="YAML file; every key of it can be given as --a.b=c")
+    attributes.set_defaults(run=_train_attributes, takes_overrides=True)
+
+    add_build_dataset(commands.add_parser("build-dataset", help="pictures to a set with captions and questions"))
+    add_serve_language(commands.add_parser("serve-language", help="a small language model as an endpoint, for that"))
 
     add_report(commands.add_parser("report", help="how a training run went, as one page: RUN/report.html"))
 
@@ -143,6 +157,12 @@ def _export(parsed: argparse.Namespace) -> None:
     from unif2ace.cli.train import export
 
     export(parsed)
+
+
+def _train_attributes(parsed: argparse.Namespace) -> None:
+    from unif2ace.cli.attributes import run
+
+    run(parsed)
 
 
 def _info(parsed: argparse.Namespace) -> None:
