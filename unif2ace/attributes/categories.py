@@ -219,6 +219,27 @@ STILL: tuple[str, ...] = tuple(
     dict.fromkeys(category for category, _ in CELEBV_HQ.values() if CATEGORIES[category].still)
 )
 
+# Answers to two categories that cannot both be true of a picture.
+_HAIR_OF_THE_BALD = [
+    ("bangs", YES),
+    ("long hair", YES),
+    *((name, value) for name in ("hair colour", "hair texture") for value in CATEGORIES[name].values if value != OTHER),
+]
+CONTRADICTIONS: frozenset[frozenset[Label]] = frozenset(
+    frozenset(pair)
+    for pair in (
+        *((("bald", YES), other) for other in _HAIR_OF_THE_BALD),
+        (("beard", NO), ("goatee", YES)),
+        (("eyeglasses", YES), ("sunglasses", YES)),
+        (("mouth open", NO), ("shout", YES)),
+        (("mouth open", NO), ("yawn", YES)),
+        (("smile", NO), ("laugh", YES)),
+        (("close eyes", YES), ("gaze", YES)),
+        (("close eyes", YES), ("glare", YES)),
+        (("close eyes", NO), ("sleep", YES)),
+    )
+)
+
 
 def plain(name: str) -> str:
     """A label's name as the tables here have it: "Wearing_Hat", "wearing hat" and "wearing-hat" are wearing_hat."""
