@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import re
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from unif2ace_kernels import moe
@@ -222,6 +224,35 @@ def one_read_of_the_device(group):
     assert len(reads) == 1
 
 
+class Waits(TorchDispatchMode):
+    """Operations that read a tensor on the host, or whose result's shape hangs on its values."""
+
+    found: list[str]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        words = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+        indices = args[1] if name == "aten::index.Tensor" else ()
+        masks = [each for each in indices if each is not None and each.dtype == torch.bool]
+        if masks or name.partition("::")[2].partition(".")[0] in words:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def nothing_else_waits(group):
+    case, waits = CASES["shared slots"], Waits()
+    waits.found = []
+    given = problem(case)
+    torch.use_deterministic_algorithms(False)  # its check of memory reads some
+    with waits:
+        together(case, given, group)
+    torch.use_deterministic_algorithms(True)
+    assert waits.found == []
+    with waits:
+        torch.arange(3)[torch.arange(3) > 1].sum().item()
+    assert waits.found  # it does see them
+
+
 def reduced_precision(group, dtype, autocast):
     """At most twice the error of one process in the same dtype, plus a tiny constant, against float64."""
     case = Case((40, 30, 20), 8, 3)
@@ -422,8 +453,8 @@ def _checks():
         found.append((words, 2, functools.partial(slices_under_fsdp, again=again)))
     for check, size in (
         (dtensors_on_a_mesh_of_their_own, 2), (bad_arguments, 2), (out_of_range_is_the_nearest, 2),
-        (copies_share_the_group, 2), (same_bits, 3),
-        (one_read_of_the_device, 3), (travels_in_the_dtype_of_autocast, 3), (frozen, 3), (bad_tokens_stay_alone, 3),
+        (copies_share_the_group, 2), (same_bits, 3), (one_read_of_the_device, 3), (nothing_else_waits, 3),
+        (travels_in_the_dtype_of_autocast, 3), (frozen, 3), (bad_tokens_stay_alone, 3),
     ):  # fmt: skip
         found.append((check.__name__.replace("_", " "), size, check))
     return found
@@ -455,3 +486,35 @@ def test_slices_are_those_of_chunk(monkeypatch, total, ranks_):
     for rank, chunk in enumerate(chunks):
         monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
         assert list(range(total))[moe.local_experts(total, None)] == chunk
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_one_gpu_over_nccl(tmp_path):
+    """Values, gradients, and one wait for the device."""
+    case = Case((300,), 9, 3, "groups", "swiglu")
+    given = problem(case, torch.float32)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group, results = dist.group.WORLD, []
+        x, logits = given.x[0].cuda(), given.logits[0].float()
+        routing = moe.Routing(*(each.detach().cuda() for each in routed(case, logits)))
+        for call in (moe.experts, functools.partial(moe.parallel_experts, group=group)):
+            own, weight, *parameters = leaves([x, routing.weight, *(each.cuda() for each in given.parameters)])
+            y = call(own, routing._replace(weight=weight), *parameters, activation=case.activation)
+            y.backward(given.grad[0].cuda())
+            results.append([y.detach(), own.grad, weight.grad, *gradients(parameters)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            y = moe.parallel_experts(
+                own, routing._replace(weight=weight), *parameters, activation=case.activation, group=group
+            )
+            y.backward(y.detach())
+            torch.cuda.set_sync_debug_mode("default")
+        assert len([each for each in seen if "synchroniz" in str(each.message)]) == 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()

@@ -143,7 +143,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, copies: Tensor, *fan: Tensor) -> Tensor:
         ctx.save_for_backward(*fan)
         _, order, offsets = fan
-        if len(order) == 0:
+        if len(order) == 0:  # nothing says that every device's embedding_bag takes no rows at all
             return copies.new_zeros(len(offsets), copies.shape[1])
         return F.embedding_bag(order, copies, offsets, mode="sum")
 
