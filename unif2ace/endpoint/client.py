@@ -231,7 +231,8 @@ class Endpoint:
 
     def _key(self, question: Question, body: Mapping[str, Any]) -> str:
         """By the prompt, the model and its address, the sampling, and the picture's digest (its bytes are in body)."""
-        told = json.dumps([question.prompt.version, self.config.url.rstrip("/"), body], sort_keys=True)
+        where = self.config.known_as or self.config.url.rstrip("/")
+        told = json.dumps([question.prompt.version, where, body], sort_keys=True)
         return digest(told.encode())
 
     def _valid(self, question: Question, reply: Reply) -> Any:

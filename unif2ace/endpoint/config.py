@@ -20,6 +20,7 @@ class EndpointConfig:
         key: name of the environment variable that holds the API key (not the key); None: it takes none.
         vision: whether it sees pictures.
         insecure: allow plain http to another machine, where anyone on the way can read pictures and key.
+        known_as: what answers are kept under in place of the URL, for a server whose address changes.
         proxy: a proxy's URL; those of the environment are not used.
         temperature, top_p, max_tokens, seed: of its sampling.
         structured: ask for answers of the prompt's JSON schema (`response_format`), where the server can.
@@ -40,6 +41,7 @@ class EndpointConfig:
     key: str | None = None
     vision: bool = False
     insecure: bool = False
+    known_as: str | None = None
     proxy: str | None = None
     temperature: float = 0.7
     top_p: float = 1.0

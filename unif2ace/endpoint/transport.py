@@ -128,7 +128,7 @@ class Transport:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise TryAgain(f"no chat completion: {self._clear(content.decode('utf-8', 'replace'))!r}") from None
         cut = choice.get("finish_reason") == "length"
-        return Reply(self._clear(text, None), cut, *known, refusal=self._clear(refusal))
+        return Reply(self._clear(text, None), cut, known[0], known[1], self._clear(refusal))
 
     def _clear(self, said: str, shown: int | None = _SHOWN) -> str:
         """What a server said, without the API key, on one line where it is to be shown."""
