@@ -1,4 +1,4 @@
-"""The folder of a training run as it could have been: three stages, two resumes, a dying expert, a slow disk, a spike."""
+"""The folder of a training run as it could have been: stages, resumes, an expert that falls asleep, a slow disk."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def write_run(folder: Path, steps: int = 3000, total: int | None = None, layers:
         seconds += took
         factor = min(1, (inside + 1) / (0.03 * total)) * 0.5 * (1 + np.cos(np.pi * inside / length))
         record = {
-            "step": step, "stage": name, "seconds": round(seconds, 3), "loss": None if bad else terms["mask"] + terms["mmu"],
+            "step": step, "stage": name, "seconds": round(seconds, 3),
+            "loss": None if bad else terms["mask"] + terms["mmu"],
             "terms": {key: float(value) for key, value in terms.items()}, "grad_norm": None if bad else norm,
             "lr": rate * factor, "skipped": int(step >= spike) + int(step > spike),
             "corrupt": int(far > 0.3) + 2 * int(far > 0.8), "step_seconds": round(took, 4),
@@ -78,7 +79,7 @@ def write_run(folder: Path, steps: int = 3000, total: int | None = None, layers:
         if step % 10 == 0:
             share = rng.dirichlet(np.full(len(PARTS), 30))
             record["grad_norms"] = {part: float(norm * each**0.5) for part, each in zip(PARTS, share)}
-            record["experts"] = _experts(drift, rng, far)
+            record["experts"] = _experts(drift, rng, 150 / total * (far > 0.4))
         lines.append(record)
         if step and step % (steps // 12) == 0:
             lines.append({"event": "state_saved", "step": step, "time": 1.79e9 + seconds, "seconds": 1.5})
@@ -92,12 +93,12 @@ def write_run(folder: Path, steps: int = 3000, total: int | None = None, layers:
     return folder
 
 
-def _experts(drift: dict[int, np.ndarray], rng: np.random.Generator, far: float) -> list[dict]:
+def _experts(drift: dict[int, np.ndarray], rng: np.random.Generator, tired: float) -> list[dict]:
     found = []
     for layer, logits in drift.items():
         logits += rng.normal(0, 0.02, 16) - 0.01 * logits
         if layer == 2:
-            logits[1] -= 0.05 * (far > 0.4)  # it goes to sleep
+            logits[1] -= tired
         for level, first, tokens in (("token", 0, 40000), ("sequence", 8, 160)):
             counts = []
             for group in range(2):

@@ -181,7 +181,7 @@ def sheet(samples: Sequence[Sample], side: int = 144) -> Image.Image | None:
 
 def _panels(run: Run, count: int, names: bool = True) -> tuple[Figure, list[Axes]]:
     columns = 4 if count in (4, 7, 8) else min(3, max(1, count))
-    rows = -(-count // columns)
+    rows = max(1, -(-count // columns))
     figure = Figure(figsize=(WIDTH, 2.7 * rows + 0.2), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axis in axes[count:]:
