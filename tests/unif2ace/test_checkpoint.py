@@ -52,6 +52,13 @@ def saved(tmp_path):
     return folder
 
 
+def test_the_image_tokenizer_is_not_trained(saved):
+    model = Checkpoint.load(saved).model.train()
+    trained = [name for name, each in model.named_parameters() if each.requires_grad]
+    assert trained and not any(name.startswith("image_tokenizer") for name in trained)
+    assert not model.image_tokenizer.training
+
+
 def assert_one_line(folder, *words) -> None:
     with pytest.raises(UserError) as raised:
         Checkpoint.load(folder)

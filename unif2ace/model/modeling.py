@@ -141,11 +141,11 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.image_tokenizer = describe_image_tokenizer(tokenizer)
 
     def train(self, mode: bool = True) -> UniF2aceForConditionalGeneration:
-        """As nn.Module's; the image tokenizer stays as it is."""
+        """As nn.Module's; the image tokenizer stays as it is, and frozen (`from_pretrained` makes its weights anew)."""
         super().train(mode)
         tokenizer = getattr(self, "image_tokenizer", None)
         if tokenizer is not None:
-            tokenizer.eval()
+            tokenizer.eval().requires_grad_(False)
         return self
 
     def get_input_embeddings(self) -> nn.Embedding:
