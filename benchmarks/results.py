@@ -18,8 +18,8 @@ from .environment import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 _CASE = ("op", "shape", "dtype", "mode")
-# Records of other kinds: what a device can, and those of planned.py, profiles.py, dispatch.py.
-_NO_CASES = ("ceilings", "plan", "profile", "dispatch")
+# Records of other kinds: what a device can, and those of planned.py, profiles.py, dispatch.py, ablation.py.
+_NO_CASES = ("ceilings", "plan", "profile", "dispatch", "ablation")
 
 
 @dataclass(frozen=True)

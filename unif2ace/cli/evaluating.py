@@ -6,6 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from unif2ace.errors import UserError
+
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a checkpoint")
@@ -51,10 +53,15 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
 
 def _ablate(parsed: argparse.Namespace) -> None:
-    from unif2ace.evaluation import ablation
+    from unif2ace.evaluation import ablation, study
+    from unif2ace.files import replacing
 
     if parsed.seeds < 1 or parsed.steps < 1:
-        raise SystemExit("unif2ace ablate: --seeds and --steps: expected at least 1")
-    study = replace(ablation.Study(), steps=parsed.steps)
+        raise UserError(f"--seeds, --steps: expected at least 1, got {parsed.seeds} and {parsed.steps}")
+    study_settings = replace(ablation.Study(), steps=parsed.steps)
     material = ablation.Material.load(parsed.demo)
-    ablation.study_runs(material, range(parsed.seeds), study, parsed.out, parsed.only)
+    runs = ablation.study_runs(material, range(parsed.seeds), study_settings, parsed.out, parsed.only)
+    if not parsed.only:
+        with replacing(parsed.out / "ablations.md") as partial:
+            partial.write_text(study.page(study.summaries(runs), ablation.about(study_settings)), encoding="utf-8")
+        print(f"{study.in_words(study.summaries(runs))}\ntables: {parsed.out / 'ablations.md'}")
