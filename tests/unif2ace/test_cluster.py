@@ -36,7 +36,7 @@ from unif2ace.planning.cluster import (
     reduce_across,
     step_cost,
 )
-from unif2ace.planning.plan import Training, counts, scaled
+from unif2ace.planning.plan import Training, counts, scaled, step_flops
 from unif2ace_kernels.moe import GroupedMoE
 
 H100S = Cluster()
@@ -172,15 +172,17 @@ def test_rows_are_the_mean_of_random_choices(experts, top_k, shared, parts):
 
 
 def test_collectives_by_hand():
-    pair = gather(H100S, 720e6, 2, 2)
+    pair = gather(H100S, 720e6, 2)
     assert pair.sent == 360e6 and pair.seconds == pytest.approx(8.4e-6 + 3.4e-6 + 1e-3)
-    nodes = gather(H100S, 32e9, 32, 8)  # four nodes: 24 GB go into each through eight adapters
+    nodes = gather(H100S, 32e9, 32)  # four nodes: 24 GB go into each through eight adapters
     assert nodes.seconds == pytest.approx(8.4e-6 + 28 * 3.4e-6 + 3 * 9.6e-6 + max(31e9 / 360e9, 24e9 / 320e9))
-    assert gather(replace(H100S, network=10e9), 32e9, 32, 8).seconds == pytest.approx(8.4e-6 + 124e-6 + 24e9 / 80e9)
+    assert gather(replace(H100S, network=10e9), 32e9, 32).seconds == pytest.approx(8.4e-6 + 124e-6 + 24e9 / 80e9)
+    one_each = replace(H100S, gpus_per_node=1)
+    assert gather(one_each, 8e9, 2).seconds == pytest.approx(8.4e-6 + 9.6e-6 + 4e9 / 40e9)
     ring, tree = reduce_across(H100S, 4e9, 2), reduce_across(H100S, 4e3, 128)
     assert ring.sent == 4e9 and ring.seconds == pytest.approx(8.4e-6 + 2 * 9.6e-6 + 0.1)
     assert tree.seconds == pytest.approx(8.4e-6 + 14 * 9.6e-6 + 8e3 / 40e9)
-    assert gather(H100S, 1e9, 1, 1).seconds == reduce_across(H100S, 1e9, 1).seconds == 0
+    assert gather(H100S, 1e9, 1).seconds == reduce_across(H100S, 1e9, 1).seconds == 0
 
 
 def test_what_a_step_sends_by_hand():
@@ -195,8 +197,8 @@ def test_what_a_step_sends_by_hand():
     experts = expert_parameters(BASE.config)
     assert experts == 8 * (2 * 2048 * 384 + 384 + 2048)
     spread = step_cost(H100S, BASE, Layout(64, expert_ranks=8)).collectives
-    rest = number.all - layers * experts
-    assert spread[SCATTER].sent == pytest.approx(4 * (rest * 63 / 64 + layers * experts / 8 * 7 / 8))
+    assert spread[SCATTER].sent == pytest.approx(4 * (number.all - layers * experts) * 63 / 64)
+    assert spread[REDUCE].sent == pytest.approx(2 * 4 * layers * experts / 8 * 7 / 8)
     rows = dispatch(BASE.config, (10 * 392, 6 * 392), 8, 8).sent
     assert spread[EXCHANGE].sent == pytest.approx(layers * 2 * 2 * rows * 2048 * 2)
     again = step_cost(H100S, replace(BASE, checkpointing="block"), Layout(64, expert_ranks=8)).collectives
@@ -208,10 +210,14 @@ def test_efficiency_is_what_is_not_hidden():
     free = replace(H100S, nvlink=1e30, network=1e30, base=0.0, nvlink_step=0.0, network_step=0.0)
     assert efficiency(free, BASE, Layout(1024)) == pytest.approx(1)
     assert efficiency(H100S, BASE, Layout(1)) == 1
+    for checkpointing in ("none", "block"):
+        alone = replace(BASE, checkpointing=checkpointing)
+        run = step_flops(alone)[1] / (H100S.peak * H100S.share)
+        assert step_cost(H100S, alone, Layout(64)).compute == pytest.approx(run)
     curve = [efficiency(H100S, BASE, Layout(8 * 2**each)) for each in range(8)]
     assert curve == sorted(curve, reverse=True) and curve[0] < 1
     assert efficiency(replace(H100S, overlap=0.0), BASE, Layout(64)) < efficiency(H100S, BASE, Layout(64))
-    cost = step_cost(replace(H100S, overlap=0.0), BASE, Layout(64, expert_ranks=8))
+    cost = step_cost(replace(H100S, overlap=0.0), BASE, Layout(64, True, 8))
     assert cost.exposed == pytest.approx(sum(each.seconds for each in cost.collectives.values()))
     load = dispatch(BASE.config, (10, 6), 8, 8).load
     assert load == pytest.approx(1.25)  # ten of sixteen tokens on half of the ranks
@@ -223,7 +229,8 @@ def test_efficiency_is_what_is_not_hidden():
     [
         (Layout(12), "gpus: expected one node's at most, or whole nodes of 8, got 12"),
         (Layout(0), "gpus: expected one node's at most, or whole nodes of 8, got 0"),
-        (Layout(64, True, 16), "expert_ranks: expected a divisor of the 8 GPUs of a shard group, got 16"),
+        (Layout(64, True, 4), "expert_ranks: expected 1, or whole nodes that divide the 64 GPUs, got 4"),
+        (Layout(64, True, 24), "expert_ranks: expected 1, or whole nodes that divide the 64 GPUs, got 24"),
     ],
 )
 def test_a_wrong_layout_is_named(layout, words):

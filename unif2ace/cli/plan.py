@@ -148,8 +148,8 @@ def cluster_assumptions(cluster: Cluster) -> list[str]:
         *(f"- {each}" for each in cluster.words),
         "- FSDP gathers a layer's weights for the forward and again for the backward and sums its gradients in "
         "float32; HSDP shards within a node and sums the shards across nodes",
-        "- experts over a node's GPUs: tokens choose among their group's experts evenly, nothing hides the rows' way, "
-        "and all wait for the GPU with the most of them",
+        "- experts over a node's GPUs: tokens choose among their group's experts evenly, all wait for the GPU with the "
+        "most of them, nodes sum the gradients of their copies; computing hides none of that",
         "- efficiency: a GPU's rate in the cluster over its rate alone, with the same rows and share of the peak",
         "- left out: stragglers, data, the optimizer, checkpoints, failures",
     ]

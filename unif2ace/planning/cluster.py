@@ -7,7 +7,8 @@ optimizer's own time and the norm of the gradients are left out.
     forward    all-gather of the next layer's weights beside a layer's compute; the root's and the first layer's before
     backward   all-gather of the next layer's weights and reduce-scatter of the last one's gradients beside a layer's
                compute; the root's reduce-scatter after it. Sharded within a node: all-reduce of the shards across nodes
-    experts    rows to the ranks that have their experts and back, in line with compute: nothing hides them
+    experts    over the GPUs of a node: rows to those that have their experts and back, in line with compute; after the
+               backward an all-reduce of the experts' gradients with their copies on other nodes. Nothing hides either
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Layout:
     Attributes:
         gpus: all of them.
         within_node: parameters are sharded within a node and repeated by every node (HSDP), not sharded over all.
-        expert_ranks: GPUs next to each other that share a layer's experts, 1 for none that do.
+        expert_ranks: GPUs next to each other that share a layer's experts, whole nodes of them; 1 for none that do.
     """
 
     gpus: int
@@ -105,17 +106,18 @@ class StepCost:
         return self.compute + self.exposed
 
 
-def gather(cluster: Cluster, size: float, ranks: int, each_node: int) -> Cost:
-    """All-gather to, or reduce-scatter of, `size` bytes in a ring over `ranks` GPUs, `each_node` of them in a node.
+def gather(cluster: Cluster, size: float, ranks: int) -> Cost:
+    """All-gather to, or reduce-scatter of, `size` bytes in a ring over `ranks` GPUs, of one node or of whole ones.
 
     A node's adapters carry what the others send it, together; NVLink carries all that a GPU passes on.
     """
     if ranks == 1:
         return Cost()
-    nodes = -(-ranks // each_node)
+    each_node = min(ranks, cluster.gpus_per_node)
+    nodes = ranks // each_node
     sent = size * (ranks - 1) / ranks
     within = sent / cluster.nvlink if each_node > 1 else 0.0
-    between = size * (nodes - 1) / nodes / (min(ranks, each_node) * cluster.network)
+    between = size * (nodes - 1) / nodes / (each_node * cluster.network)
     steps = (ranks - nodes) * cluster.nvlink_step + (nodes - 1) * cluster.network_step
     return Cost(sent, cluster.base + steps + max(within, between))
 
@@ -213,36 +215,29 @@ def step_cost(cluster: Cluster, training: Training, layout: Layout) -> StepCost:
     forward = sum(parts.values()) / layers
     backward = (1 + run) * forward
 
-    def sharded(each: float, root: bool = False) -> Cost:
-        """Of a layer's parameters, or of the root's, at `each` bytes."""
-        experts = 0 if root or layout.expert_ranks == 1 else expert_parameters(config)
-        whole = number.root if root else number.block
-        rest = gather(cluster, each * (whole - experts), shards, min(shards, cluster.gpus_per_node))
-        if not experts:
-            return rest
-        near = max(1, cluster.gpus_per_node // layout.expert_ranks)
-        return rest + gather(cluster, each * experts / layout.expert_ranks, shards // layout.expert_ranks, near)
-
     shards = min(cluster.gpus_per_node, layout.gpus) if layout.within_node else layout.gpus
-    weights, root_weights = sharded(size.weight), sharded(size.weight, root=True)
-    gradients, root_gradients = sharded(FLOAT32), sharded(FLOAT32, root=True)
+    apart = expert_parameters(config) if layout.expert_ranks > 1 else 0  # of a layer, not FSDP's
+    block, root = number.block - apart, number.root
+    weights, root_weights = (gather(cluster, size.weight * each, shards) for each in (block, root))
+    gradients, root_gradients = (gather(cluster, FLOAT32 * each, shards) for each in (block, root))
     nodes = layout.gpus // shards
-    across = reduce_across(cluster, FLOAT32 * number.block / shards, nodes)
-    root_across = reduce_across(cluster, FLOAT32 * number.root / shards, nodes)
+    across, root_across = (reduce_across(cluster, FLOAT32 * each / shards, nodes) for each in (block, root))
+    apart_of_rank = FLOAT32 * layers * apart / layout.expert_ranks  # gradients, in one exchange after the backward
+    copies = reduce_across(cluster, apart_of_rank, layout.gpus // layout.expert_ranks)
 
     def left(seconds: float, compute: float) -> float:
         return max(0.0, seconds - cluster.overlap * compute)
 
     exposed = root_weights.seconds + weights.seconds + (layers - 1) * left(weights.seconds, forward)
     exposed += layers * left(weights.seconds + gradients.seconds + across.seconds, backward)
-    exposed += root_gradients.seconds + root_across.seconds
+    exposed += root_gradients.seconds + root_across.seconds + copies.seconds
     exchanges = exchange * (layers * (1 + run))
     exposed += exchanges.seconds
     return StepCost(
         layers * (forward + backward) + 3 * outside,
         {
             GATHER: weights * (2 * layers) + root_weights, SCATTER: gradients * layers + root_gradients,
-            REDUCE: across * layers + root_across, EXCHANGE: exchanges,
+            REDUCE: across * layers + root_across + copies, EXCHANGE: exchanges,
         },
         exposed,
     )  # fmt: skip
@@ -280,8 +275,8 @@ def _check(cluster: Cluster, config: UniF2aceConfig, layout: Layout) -> None:
     per_node, ranks = cluster.gpus_per_node, layout.expert_ranks
     if layout.gpus < 1 or (layout.gpus > per_node and layout.gpus % per_node):
         raise ValueError(f"gpus: expected one node's at most, or whole nodes of {per_node}, got {layout.gpus}")
-    shards = min(per_node, layout.gpus) if layout.within_node else layout.gpus
-    if ranks < 1 or shards % ranks:
-        raise ValueError(f"expert_ranks: expected a divisor of the {shards} GPUs of a shard group, got {ranks}")
+    node = min(per_node, layout.gpus)
+    if ranks != 1 and (ranks < 1 or ranks % node or layout.gpus % ranks):
+        raise ValueError(f"expert_ranks: expected 1, or whole nodes that divide the {layout.gpus} GPUs, got {ranks}")
     if ranks > 1 and config.token_moe is None:
         raise ValueError("expert_ranks: expected 1 for a model without token-level experts, got " + str(ranks))
