@@ -45,6 +45,20 @@ def curves(config: UniF2aceConfig) -> dict[str, list[float]]:
     return found
 
 
+def in_words() -> str:
+    """What the curves of the first model say."""
+    kept = curves(next(iter(MODELS.values())))
+    whole, node = kept["FSDP"], kept["HSDP"]
+    spread = kept["FSDP, experts over 8"]
+    at_64 = SIZES.index(64)
+    return (
+        f"By the model, sharding over all GPUs keeps {whole[at_64]:.0%} of a GPU's rate at 64 and {whole[-1]:.0%} at "
+        "1,024, where each collective's ring takes over a thousand steps; sharding within a node keeps "
+        f"{node[-1]:.0%} there. Spreading these few experts over a node's GPUs leaves {spread[at_64]:.0%} at 64: it is "
+        "for experts that do not fit otherwise."
+    )
+
+
 def page() -> str:
     rows = training(UniF2aceConfig.base()).step
     parts = [
@@ -54,6 +68,7 @@ def page() -> str:
         "or precision. Its byte counts are those of the collectives of a run of two processes "
         "(`tests/unif2ace/test_cluster.py`); its times are assumptions.",
         f"![efficiency by number of GPUs, a model]({PICTURE.name})",
+        in_words(),
         f"{rows.rows} rows a GPU ({rows.tokens:,} tokens: {rows.t2i} t2i, {rows.mmu} mmu, {rows.lm} text), bfloat16 "
         "with float32 masters, no checkpointing.",
         "\n".join(cluster_assumptions(Cluster())),
