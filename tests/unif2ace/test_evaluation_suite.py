@@ -100,6 +100,7 @@ def test_every_row_of_the_paper_s_suite_has_a_value_or_a_reason(checkpoint, tmp_
     assert list(rows["vqa_exact"].by) == ["kind", "category"]
     assert rows["vqa_exact"].by["category"]["facing"][1] == 5
     assert rows["agreement"].by["attribute"]["light"] == (pytest.approx(rows["agreement"].value), 5)
+    assert list(rows["agreement"].by["kind"]) == ["other"]
     assert "the faces themselves: " in rows["agreement"].how
 
 
@@ -238,6 +239,7 @@ def test_a_judge_is_asked_the_same_several_times(checkpoint, tmp_path):
         row, answers = measured.judged("desc_gpt"), measured.judged("conv_gpt")
         assert len(server.seen) == 2 * 5 + 2 * 10
     assert row.value == 7 and (row.count, row.groups) == (10, 5) and answers.count == 20
+    assert measured.spent["judge_gpt"]["requests"] == 30 and measured.spent["judge_gpt"]["tokens_in"] == 300
     assert "asked 2 times" in row.how and "means spread by 1.414" in row.how and "judge-description" in row.how
     body = server.seen[0][1]
     said = json.dumps(body)

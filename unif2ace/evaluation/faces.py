@@ -98,8 +98,13 @@ class Measured:
         ]
 
 
-# What a single picture shows of the demo's attributes, in the paper's three kinds.
-_KINDS = {"mouth": "action", "facing": "action"}
+# The demo's attributes in the paper's three kinds.
+_KINDS = {each.name: "action" if each.name in ("mouth", "facing") else "appearance" for each in ATTRIBUTES}
+
+
+def kind_of(category: str) -> str:
+    """Appearance, action or emotion; `OTHER` of a category that is not known."""
+    return CATEGORIES[category].kind if category in CATEGORIES else _KINDS.get(category, OTHER)
 
 
 def demo_faces(path: Path, limit: int, seed: int) -> Faces:
@@ -112,7 +117,7 @@ def demo_faces(path: Path, limit: int, seed: int) -> Faces:
         asked = []
         for number, each in enumerate(ATTRIBUTES):
             text, answer = captions.question_answer(classes, number, rng)
-            asked.append(Question(text, (answer,), each.name, _KINDS.get(each.name, "appearance")))
+            asked.append(Question(text, (answer,), each.name, kind_of(each.name)))
         items.append(Face(f"face-{index}", faces.images[index], (captions.full_caption(classes),), tuple(asked)))
 
     def told(text: str) -> dict[str, str]:
@@ -190,7 +195,7 @@ def subject(question: str, answer: str) -> tuple[str, str]:
                     best = (len(words), name)
         if best[0]:
             break
-    return best[1], CATEGORIES[best[1]].kind if best[1] in CATEGORIES else OTHER
+    return best[1], kind_of(best[1])
 
 
 def teller(categories: dict[str, tuple[str, ...]]) -> Told:

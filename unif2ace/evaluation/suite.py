@@ -23,7 +23,7 @@ from unif2ace.data.encode import FRAMES
 from unif2ace.endpoint import Endpoint, EndpointConfig
 from unif2ace.errors import UserError
 from unif2ace.evaluation import distances, judge
-from unif2ace.evaluation.faces import Face, Faces, open_faces
+from unif2ace.evaluation.faces import Face, Faces, kind_of, open_faces
 from unif2ace.evaluation.inception import Inception
 from unif2ace.evaluation.intervals import mean
 from unif2ace.evaluation.judge import Item
@@ -111,6 +111,10 @@ def checkpoint_of(run: Path) -> Path:
     return run / "checkpoint" if (run / "checkpoint").is_dir() else run
 
 
+def _by_attribute(categories: list[str], right: list[float]) -> dict[str, dict[str, tuple[float, int]]]:
+    return {"kind": tally([kind_of(each) for each in categories], right), "attribute": tally(categories, right)}
+
+
 def name_of(run: Path) -> str:
     folder = run.resolve()
     return folder.parent.name if folder.name == "checkpoint" else folder.name
@@ -152,6 +156,7 @@ def evaluate(run: Path, suite: str, config: SuiteConfig, out: Path) -> dict[str,
             "left_out": [f"{where}: {reason}" for where, reason in faces.left_out[:SHOWN]],
             "left_out_count": len(faces.left_out), "config": checkpoint.model.config.to_dict(),
             "seed": config.seed, "rows": [row.plain() for row in rows], "shown": measured.shown(),
+            "endpoints": measured.spent,
         }  # fmt: skip
     write_json(out / "result.json", result)
     return result
@@ -203,6 +208,7 @@ class Suite:
         self._features: dict[str, np.ndarray] = {}
         self._inception: Inception | None = None
         self._agreed: dict[str, dict[str, bool]] = {}
+        self.spent: dict[str, dict[str, Any]] = {}  # of each endpoint: requests, tokens, cost
 
     def rows(self, suite: str) -> list[Row]:
         """Every row of the suite, in its order."""
@@ -289,7 +295,7 @@ class Suite:
         if not right:
             raise Absent(f"no prompt tells an attribute that {source.name} sees")
         bound = f"; the faces themselves: {np.mean(ceiling):.3f}" if ceiling else ""
-        return Row.of(name, mean(right, keys), f"{source.name}{bound}", by={"attribute": tally(categories, right)})
+        return Row.of(name, mean(right, keys), f"{source.name}{bound}", by=_by_attribute(categories, right))
 
     def identity(self, name: str) -> Row:
         """Cosines alone are kept; vectors are let go."""
@@ -367,9 +373,13 @@ class Suite:
         self, name: str, config: EndpointConfig, prompt: Any, items: list[Item], score: Callable[[Any], float | None],
         note: str = "",
     ) -> Row:  # fmt: skip
-        """A row of what an endpoint answers; of several rows that ask one endpoint, each has a folder of its own."""
-        with Endpoint(config, self.work.folder / "endpoints" / name) as endpoint:
-            verdict = judge.ask(endpoint, prompt, items, self.config.repeats, score)
+        """A row of what an endpoint answers; the rows that ask one share its folder, and so its budget."""
+        who = {"gpt": "judge_gpt", "ds": "judge_ds"}.get(name.partition("_")[2], "vlm")
+        with Endpoint(config, self.work.folder / "endpoints" / who) as endpoint:
+            try:
+                verdict = judge.ask(endpoint, prompt, items, self.config.repeats, score)
+            finally:
+                self.spent[who] = endpoint.counts()
         if not verdict.asked:
             raise Absent(f"{config.model} answered none of {len(items) * self.config.repeats} questions as asked")
         spread = verdict.spread
@@ -412,7 +422,7 @@ class Suite:
                 right.append(float(given.get(category) == value))
         if not right:
             raise Absent("no reference caption tells an attribute that is known")
-        return Row.of(name, mean(right, keys), by={"attribute": tally(categories, right)})
+        return Row.of(name, mean(right, keys), by=_by_attribute(categories, right))
 
     def shown(self) -> dict[str, Any]:
         """What the report shows: the first paintings, those that miss most of their prompt, and wrong answers."""
