@@ -41,9 +41,9 @@ def _verdict(category: str, answers: dict[str, float]) -> Attribute:
     (value, most), *others = sorted(answers.items(), key=lambda item: -item[1])
     if not others:
         return Attribute(category, value, most)
-    first, second = (min(probability, _SUREST) for probability in (most, others[0][1]))
-    odds = first / (1 - first) * (1 - second) / second if second else np.inf
-    return Attribute(category, value, float(1 / (1 + 1 / odds)) if odds else 0.0)
+    first, second = (min(max(each, 1 - _SUREST), _SUREST) for each in (most, others[0][1]))
+    odds = first / (1 - first) * (1 - second) / second
+    return Attribute(category, value, odds / (1 + odds))
 
 
 class Combined:

@@ -22,6 +22,7 @@ from unif2ace.files import digest
 
 TOKENS = "tokens"
 _BATCH = 64
+_PART = 16  # pictures that are encoded again where one of them shows no face
 
 
 class Features:
@@ -66,16 +67,25 @@ class Features:
         """
         if self._tokenizer is not None:
             return self._latents(images), list(range(len(images)))
-        kept = list(range(len(images)))
-        while True:
-            given = [images[index] for index in kept]
+        parts, kept = [], []
+        for start in range(0, len(images), _PART):
+            found, rows = self._encoded(images[start : start + _PART])
+            parts += [found] if rows else []
+            kept += [start + row for row in rows]
+        return torch.cat(parts) if parts else torch.empty(0, 0), kept
+
+    def _encoded(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
+        rows = list(range(len(images)))
+        while rows:
+            given = [images[row] for row in rows]
             try:
                 found = self._cache(self._encoder, given) if self._cache else self._encoder(given)
             except FaceCountError as error:
-                del kept[error.index]
+                del rows[error.index]
                 continue
             found = found.float().cpu()
-            return (found if found.ndim == 2 else torch.cat([found[:, 0], found[:, 1:].mean(1)], 1)), kept
+            return found if found.ndim == 2 else torch.cat([found[:, 0], found[:, 1:].mean(1)], 1), rows
+        return torch.empty(0, 0), rows
 
     @torch.no_grad()
     def _latents(self, images: Sequence[np.ndarray]) -> torch.Tensor:
