@@ -13,6 +13,7 @@ import torch
 from unif2ace.attributes import fit, head, measures, report
 from unif2ace.attributes.features import Features
 from unif2ace.attributes.labels import MISSING, LabelsConfig
+from unif2ace.attributes.sources import open_source
 from unif2ace.attributes.train import TrainConfig, train_attributes
 from unif2ace.cli import main
 from unif2ace.encoders import FaceCountError
@@ -330,3 +331,16 @@ def test_pictures_without_a_face_are_left_out(monkeypatch) -> None:
     assert kept == [1, 4] and vectors.tolist() == [[5, 1], [9, 1]]
     vectors, kept = Features("sface")(images[:1])
     assert kept == []
+
+
+def test_sources_by_name(trained) -> None:
+    config, _ = trained
+    source = open_source(f"classifier:{config.out}")
+    assert source.categories == {"bright": ("yes", "no"), "tint": ("cool", "warm")}
+    surer = head.AttributeClassifier(config.out, confidence=0.99)
+    assert source.fingerprint == head.AttributeClassifier(config.out).fingerprint != surer.fingerprint
+    for name in ("eyes", "classifier", "classifier:"):
+        with pytest.raises(UserError, match="expected classifier:FOLDER or face-parser:FILE"):
+            open_source(name)
+    with pytest.raises(UserError, match="no face parser in"):
+        open_source(f"face-parser:{config.out}")

@@ -22,7 +22,7 @@ from torch import nn
 from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.features import Features
 from unif2ace.errors import UserError
-from unif2ace.files import read_json, replacing, write_json
+from unif2ace.files import digest, read_json, replacing, write_json
 
 CONFIG, WEIGHTS = "attributes.json", "attributes.safetensors"
 FORMAT = 1
@@ -119,7 +119,7 @@ def load(folder: Path) -> tuple[AttributeHead, Description]:
 
 
 class AttributeClassifier:
-    """An AttributeSource: a trained head on its features.
+    """An AttributeSource: a trained head on its features; `fingerprint` is of all that its answers hang on.
 
     Args:
         folder: what `unif2ace train-attributes` wrote.
@@ -145,6 +145,8 @@ class AttributeClassifier:
         if self._features.fingerprint != described.fingerprint:
             raise UserError(f"{folder} was trained on other features than {self._features.kind} gives: train it again")
         self.confidence = described.confidence if confidence is None else confidence
+        weights = (Path(folder) / WEIGHTS).read_bytes()
+        self.fingerprint = digest(weights, described.fingerprint.encode(), str(self.confidence).encode())
         self.categories = {name: values for name, values in self.head.categories.items() if name in described.told}
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[list[Attribute]]:

@@ -24,6 +24,7 @@ answers but one, of those that were given; earrings were gone.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +33,11 @@ import cv2
 import numpy as np
 import torch
 
+from unif2ace.attributes import graph, parser
 from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.categories import NO, YES
 from unif2ace.attributes.parser import PART, FaceParser, square
+from unif2ace.files import digest
 
 _FACE = tuple(
     PART[name]
@@ -167,12 +170,16 @@ READ_BY_EYE: dict[tuple[str, str], tuple[int, int]] = {
 
 
 class ParsedAttributes:
-    """An AttributeSource of a face parser and the rules above; see `FaceParser` for its weights and its errors."""
+    """An AttributeSource of a face parser and the rules above; see `FaceParser` for its weights and its errors.
+
+    `fingerprint` is of all that its answers hang on: the weights are held to the sums in the parser's source.
+    """
 
     name = "face-parser"
 
     def __init__(self, path: Path | str, device: str | torch.device = "cpu") -> None:
         self._parser = FaceParser(path, device)
+        self.fingerprint = digest(sys.modules[__name__], parser, graph)
         self.categories = {
             category: tuple(value for each, value in READ_BY_EYE if each == category)
             for category in dict.fromkeys(category for category, _ in READ_BY_EYE)

@@ -1,0 +1,32 @@
+"""Sources of attributes by name, as settings and commands give them.
+
+classifier:FOLDER   a head that `unif2ace train-attributes` wrote
+face-parser:FILE    the face parser of an npm package, its .tgz file or folder, and the rules on its maps
+"""
+
+from __future__ import annotations
+
+import torch
+
+from unif2ace.attributes.base import AttributeSource
+from unif2ace.errors import UserError
+
+SOURCES = ("classifier", "face-parser")
+
+
+def open_source(name: str, device: str | torch.device = "cpu") -> AttributeSource:
+    """The source of a name; nothing is fetched.
+
+    Raises:
+        UserError: there is no such source, or its files are missing, damaged or not as published.
+    """
+    kind, _, path = name.partition(":")
+    if kind not in SOURCES or not path:
+        raise UserError(f"there is no source of attributes {name!r}: expected classifier:FOLDER or face-parser:FILE")
+    if kind == "classifier":
+        from unif2ace.attributes.head import AttributeClassifier
+
+        return AttributeClassifier(path, device)
+    from unif2ace.attributes.parsed import ParsedAttributes
+
+    return ParsedAttributes(path, device)
