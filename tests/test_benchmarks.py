@@ -286,21 +286,22 @@ def test_no_case_is_begun_that_would_not_end_in_time(tmp_path: Path, monkeypatch
 
 
 def test_a_long_call_is_not_made_again_to_learn_its_time(monkeypatch) -> None:
-    monkeypatch.setattr(run, "LONG_CALL_S", 0.01)
-    calls: list[str] = []
+    clock, calls = [0.0], []
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run, "floor_seconds", lambda *work: 1e-3)
 
-    def noted(name: str, seconds: float):
+    def taking(name: str, seconds: float):
         def function(x):
             calls.append(name)
-            time.sleep(seconds)
+            clock[0] += seconds
             return (x * x,)
 
         return function
 
-    records = run_toy(square_case(ours=noted("ours", 0.0), long=noted("long", 0.02)))
-    assert records["long"]["rounds"] == 3
-    # checked, (sampled for its time), 3 rounds, memory
-    assert calls.count("long") == 5 and calls.count("ours") > 6
+    records = run_toy(square_case(ours=taking("ours", 0.09), long=taking("long", 0.11)))
+    assert records["long"]["median_ms"] == pytest.approx(110) and records["long"]["rounds"] == 3
+    assert calls.count("long") == 5  # checked, 3 rounds, memory
+    assert calls.count("ours") == 6  # and once for its time
 
 
 def test_micro_cases_run_without_being_timed() -> None:

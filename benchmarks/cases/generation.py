@@ -115,7 +115,9 @@ def _work(config: UniF2aceConfig, faces: int, steps: int, dtype: torch.dtype, de
     choose = compiled(loops.choose)
     baselines = {
         "Show-o's loop": Baseline(lambda: loops.showo(loops.choose)),
-        "Show-o's loop, torch.compile": Baseline(lambda: loops.showo(choose), compiles=True),
+        "Show-o's loop, torch.compile": Baseline(lambda: loops.showo(choose), compiles=True)
+        if device.type == "cuda"
+        else Baseline(None, missing="the model takes the time, which is not compiled: see sampling.step"),
         "of ours, the model alone": Baseline(loops.backbone, rate_only=True),
     }
     if device.type == "cuda":
