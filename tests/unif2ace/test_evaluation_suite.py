@@ -448,7 +448,11 @@ def test_the_command_goes_on_in_its_folder_and_minds_other_settings(untrained, t
 
 @pytest.mark.parametrize(
     "more,says",
-    [(["--fases=3"], "fases: there is no such key; did you mean faces?"), (["--attributes=hair"], "parser:PATH")],
+    [
+        (["--fases=3"], "fases: there is no such key; did you mean faces?"),
+        (["--attributes=hair"], "attributes: expected classifier:FOLDER"),
+        (["--attributes=classifier:none"], "none"),
+    ],
 )
 def test_the_command_names_what_is_wrong(untrained, tmp_path, capsys, more, says):
     assert evaluated(tmp_path, [untrained], *more) == 1

@@ -6,15 +6,16 @@ From any set of `unif2ace.data` sources, or from a demo run's faces.npz, whose h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from unif2ace.attributes.base import Attribute, AttributeSource
+from unif2ace.attributes.base import AttributeSource
 from unif2ace.attributes.categories import CATEGORIES, phrases
+from unif2ace.attributes.measured import Measured
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.config import SetConfig
@@ -80,24 +81,6 @@ class Faces:
         return [each for each in self.items if each.questions]
 
 
-class Measured:
-    """The demo's attributes, measured in fixed regions and cut at its training faces' quantiles."""
-
-    name = "measured in fixed regions"
-    categories = {each.name: each.words for each in ATTRIBUTES}
-
-    def __init__(self, faces: FaceSet) -> None:
-        self._faces = faces
-
-    def __call__(self, images: Sequence[np.ndarray]) -> list[list[Attribute]]:
-        if not len(images):
-            return []
-        classes = self._faces.classify(np.stack(images))
-        return [
-            [Attribute(each.name, each.words[value], 1.0) for each, value in zip(ATTRIBUTES, row)] for row in classes
-        ]
-
-
 # The demo's attributes in the paper's three kinds.
 _KINDS = {each.name: "action" if each.name in ("mouth", "facing") else "appearance" for each in ATTRIBUTES}
 
@@ -125,7 +108,7 @@ def demo_faces(path: Path, limit: int, seed: int) -> Faces:
         return {each.name: each.words[value] for each, value in zip(ATTRIBUTES, found) if value >= 0}
 
     fingerprint = digest(faces.images[faces.test[:limit]].tobytes(), str(seed).encode())
-    return Faces("held-out faces of a demo run", fingerprint, items, told, Measured(faces))
+    return Faces("held-out faces of a demo run", fingerprint, items, told, Measured(faces.thresholds))
 
 
 def open_faces(

@@ -35,7 +35,7 @@ td:first-child, th:first-child, .left { text-align: left }
 .gallery { display: flex; flex-wrap: wrap; gap: .6rem } figure { width: 7.4rem; margin: 0; font-size: .78em }
 figure img { width: 100%; image-rendering: auto; border-radius: 3px; display: block }
 .wrong { color: #a02020 }
-svg { display: block }
+svg { display: block; margin-left: auto }
 """
 
 
@@ -167,8 +167,10 @@ def _ablations(results: Sequence[Result]) -> str:
     if not found:
         return ""
     parts = ["<h2>Ablations</h2>"]
-    names = tables.columns(results)
+    measured = tables.columns(results)
     for table, rows in found.items():
+        published = paper.LOSS if table == "loss" else {}
+        names = list(dict.fromkeys([*(paper.LOSS_COLUMNS if published else ()), *measured]))
         head = "".join(f"<th>{MEASURES[name].title}</th>" for name in names)
         body = "".join(
             f"<tr><td>{html.escape(row['variant'])} <span class='note'>{len(row['runs'])} run"
@@ -176,9 +178,14 @@ def _ablations(results: Sequence[Result]) -> str:
             + "".join(f"<td>{_pooled(name, row['measures'].get(name))}</td>" for name in names) + "</tr>"
             for row in rows
         )  # fmt: skip
+        for variant, values in published.items():
+            known = dict(zip(paper.LOSS_COLUMNS, values))
+            cells = "".join(f"<td>{number(name, known.get(name))}</td>" for name in names)
+            body += f"<tr><td>{html.escape(variant)} <span class='note'>published</span></td>{cells}</tr>"
         parts.append(f'<h3>{table}</h3><div class="scroll"><table><tr><th>variant</th>{head}</tr>{body}</table></div>')
     parts.append(
-        '<p class="note">Mean over a variant\'s runs, &#177; their standard deviation where there are several.</p>'
+        '<p class="note">Mean over a variant\'s runs, &#177; their standard deviation where there are several. '
+        "Published rows are of other faces.</p>"
     )
     return "".join(parts)
 

@@ -17,8 +17,10 @@ import numpy as np
 
 from unif2ace import checksums
 from unif2ace.attributes.base import AttributeSource
+from unif2ace.attributes.measured import Measured
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.data.config import SetConfig
+from unif2ace.data.dataset import FaceSet
 from unif2ace.data.encode import FRAMES
 from unif2ace.endpoint import Endpoint, EndpointConfig
 from unif2ace.errors import UserError
@@ -31,7 +33,7 @@ from unif2ace.evaluation.rows import MEASURES, SUITES, Row, tally
 from unif2ace.evaluation.vlm import LocalModel
 from unif2ace.evaluation.vqa import exact, soft
 from unif2ace.evaluation.work import Work
-from unif2ace.files import read_json, write_json
+from unif2ace.files import read_json, replacing, write_json
 from unif2ace.model.painting import PaintSettings
 
 FACES = {"quick": 100, "paper": 1000}
@@ -55,7 +57,8 @@ class SuiteConfig:
     questions: at most so many of a face.
     paint: how paintings are sampled.
     answer_tokens, caption_tokens: longest answer and caption.
-    attributes: what measures attributes: `parser:PATH`, a face parser; a demo run's faces have a measure of their own.
+    attributes: what measures attributes: `classifier:FOLDER` of `unif2ace train-attributes`, or `parser:PATH`, the face
+        parser, or `measured:FACES.npz`; a demo run's faces have that measure by default.
     identity: encoder of `unif2ace.encoders` for the identity cosine; another than the model's own.
     vlm: for VQAScore and VLM-score. judge_gpt, judge_ds: for the Desc- and Conv- scores.
     repeats: how often a judge is asked the same.
@@ -130,7 +133,7 @@ def evaluate(run: Path, suite: str, config: SuiteConfig, out: Path) -> dict[str,
         raise UserError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     folder = checkpoint_of(run)
     checkpoint = Checkpoint.load(folder, device=config.check().device)
-    source = attribute_source(config.attributes) if config.attributes else None
+    source = attribute_source(config.attributes, config.device) if config.attributes else None
     data = config.data
     if data is None:
         if not (folder.parent / "faces.npz").is_file():
@@ -189,14 +192,27 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def attribute_source(name: str) -> AttributeSource:
+def attribute_source(name: str, device: str) -> AttributeSource:
     """What measures attributes, as `SuiteConfig.attributes` names it."""
     kind, _, path = name.partition(":")
-    if kind != "parser" or not path:
-        raise UserError(f"attributes: expected parser:PATH, the face parser's package or folder, got {name!r}")
-    from unif2ace.attributes.parsed import ParsedAttributes
+    if kind == "parser" and path:
+        from unif2ace.attributes.parsed import ParsedAttributes
 
-    return ParsedAttributes(path)
+        return ParsedAttributes(path, device)
+    if kind == "classifier" and path:
+        from unif2ace.attributes.head import AttributeClassifier
+
+        return AttributeClassifier(path, device)
+    if kind == "measured" and path:
+        return Measured(FaceSet.load(Path(path)).thresholds)
+    raise UserError(f"attributes: expected classifier:FOLDER, parser:PATH or measured:FACES.npz, got {name!r}")
+
+
+def _read_features(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged; delete it and run again") from error
 
 
 class Suite:
@@ -244,7 +260,7 @@ class Suite:
         if what not in self._features:
             path = self.work.folder / f"inception-{what}.npy"
             if path.exists():
-                self._features[what] = np.load(path, allow_pickle=False)
+                self._features[what] = _read_features(path)
             else:
                 real = np.stack([face.image for face in self.faces.items])
                 images = {
@@ -253,7 +269,8 @@ class Suite:
                 }[what]()  # fmt: skip
                 self._inception = self._inception or Inception(self.config.device)
                 self._features[what] = self._inception(images)
-                np.save(path, self._features[what])
+                with replacing(path) as partial, partial.open("wb") as file:
+                    np.save(file, self._features[what])
         return self._features[what]
 
     def fid(self, name: str) -> Row:
@@ -277,7 +294,7 @@ class Suite:
     def agreement(self, name: str) -> Row:
         source = self.faces.source
         if source is None:
-            raise Absent("nothing measures attributes: name --attributes=parser:PATH")
+            raise Absent("nothing measures attributes: name --attributes=classifier:FOLDER or parser:PATH")
         painted = [self.faces.told(prompt) for _, prompt, _ in self.paintings]
         seen = source([image for *_, image in self.paintings])
         itself = source([face.image for face, *_ in self.paintings])
