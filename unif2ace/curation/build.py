@@ -29,11 +29,13 @@ import yaml
 from tqdm import tqdm
 
 from unif2ace.attributes.base import Attribute, AttributeSource
+from unif2ace.attributes.combine import combine
+from unif2ace.attributes.sources import SOURCES, open_source
 from unif2ace.curation import card, faces
 from unif2ace.curation.config import BuildConfig
 from unif2ace.curation.faces import Face
 from unif2ace.curation.lexicon import Lexicon
-from unif2ace.curation.writing import Record, Writer, by_category
+from unif2ace.curation.writing import Record, Writer
 from unif2ace.data.config import SetConfig
 from unif2ace.data.dataset import FaceSet
 from unif2ace.data.precompute import PrecomputeConfig, precompute
@@ -105,7 +107,9 @@ def build(config: BuildConfig) -> dict[str, Any]:
 
 
 def attribute_source(name: str, synthetic: FaceSet | None) -> AttributeSource:
-    """The source of a name: `measured`, `measured:FACES.npz`, or `MODULE:FUNCTION` that gives one.
+    """The source of a name.
+
+    `measured`, `measured:FACES.npz`, `classifier:FOLDER`, `face-parser:FILE`, or `MODULE:FUNCTION` that gives one.
 
     Raises:
         UserError: there is no such source.
@@ -118,10 +122,14 @@ def attribute_source(name: str, synthetic: FaceSet | None) -> AttributeSource:
         if known is None:
             raise UserError("attributes.sources: measured: expected measured:FACES.npz, whose cut points it takes")
         return Measured(known.thresholds)
+    if kind in SOURCES:
+        return open_source(name)
     try:
         made = getattr(importlib.import_module(kind), where)()
     except (ImportError, AttributeError) as error:
-        raise UserError(f"attributes.sources: {name}: expected measured or MODULE:FUNCTION ({error})") from error
+        raise UserError(
+            f"attributes.sources: {name}: expected measured, {', '.join(SOURCES)} or MODULE:FUNCTION ({error})"
+        ) from error
     return made
 
 
@@ -139,8 +147,8 @@ def _with_attributes(
         for source in sources:
             said.append(list(_read(source, records, folder, journal)))
         merged = ([each for source in of_face for each in source] for of_face in zip(*said))
-        for record, attributes in zip(records, by_category(list(merged), config.attributes.least)):
-            record.attributes = attributes
+        for record, of_face in zip(records, merged):
+            record.attributes = tuple(combine(of_face, config.attributes.least))
     return Lexicon(categories)
 
 
