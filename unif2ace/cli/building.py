@@ -18,8 +18,8 @@ _SYNTHETIC: dict[str, Any] = {
     "out": "runs/synthetic-set",
     "faces": {"side": 40, "blur": 1.0, "same": 0.9},
     "attributes": {"sources": ["measured"]},
-    "captions": {"facts": 5, "least_facts": 3, "longest": 80},
-    "questions": {"prompt": "question-lines", "facts": 3, "count": 3, "unsupported": False},
+    "captions": {"facts": 4, "least_facts": 2, "longest": 80},
+    "questions": {"prompt": "question-lines", "facts": 1, "count": 2, "apart": True, "unsupported": False},
     "card": {
         "name": "synthetic-faces",
         "license": "other",
@@ -28,7 +28,14 @@ _SYNTHETIC: dict[str, Any] = {
         "contact": "whoever gives this set to others, who puts their address here",
     },
 }
-_PACKAGED: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 80, "timeout": 600.0, "answers": 4}
+_PACKAGED: dict[str, Any] = {
+    "temperature": 0.3,
+    "top_p": 0.9,
+    "max_tokens": 48,
+    "timeout": 600.0,
+    "answers": 6,
+    "mend": False,
+}
 
 
 def add_build_dataset(parser: argparse.ArgumentParser) -> None:

@@ -97,6 +97,7 @@ class QuestionsConfig:
     prompt: str = "questions"
     count: int = 4
     facts: int = 0
+    apart: bool = False
     unsupported: bool = True
     longest_question: int = 40
     longest_answer: int = 60
@@ -175,6 +176,8 @@ class BuildConfig:
             raise UserError(f"faces.same: expected a cosine, got {self.faces.same}")
         if not 0 <= self.attributes.least <= 1:
             raise UserError(f"attributes.least: expected a probability, got {self.attributes.least}")
+        if self.questions.apart and not self.questions.facts:
+            raise UserError("questions.facts: expected at least 1 where questions.apart is true")
         if self.questions.count < 0 or self.captions.facts < 0 or self.questions.facts < 0:
             raise UserError("questions.count, captions.facts and questions.facts: expected at least 0")
         self.captioner.check("captioner")

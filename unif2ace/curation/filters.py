@@ -87,8 +87,10 @@ def pair_fault(question: str, answer: str, truth: Truth, lexicon: Lexicon, unsup
                 supported = True
     if (wrong := contradiction(answer, truth, lexicon)) is not None:
         return f"contradiction: {wrong}"
-    supported = supported or bool(told(answer, truth, lexicon))
-    for category in lexicon.topics(question):
+    topics = lexicon.topics(question)
+    named = told(answer, truth, lexicon)
+    supported = supported or bool(named & set(topics) if topics else named)
+    for category in topics:
         said = lexicon.answered(answer, category)
         if category in truth and said:
             if said != {truth[category]}:

@@ -24,7 +24,7 @@ _MEASURED: dict[str, tuple[str, dict[str, str]]] = {
     "hair": ("hair", {"dark": "dark|black|brown", "medium": "medium", "light": "light|blond|blonde|fair|white"}),
     "lighting": (
         "light|lighting|lit",
-        {"dim": "dim|dimly", "soft": "soft|softly", "strong": "strong|strongly|harsh"},
+        {"dim": "dim|dimly", "soft": "soft|softly", "strong": "strong|strongly|harsh|bright|brightly"},
     ),
     "clothes": (
         "clothes|clothing|outfit|shirt",
@@ -68,6 +68,11 @@ class Lexicon:
     def say(self, attribute: Attribute) -> str:
         """One phrase for it; "" where captions are silent on it."""
         return next(iter(_phrases(attribute.category, attribute.value)), "")
+
+    def topic(self, attribute: Attribute) -> str:
+        """What it is about, in words that do not tell its value."""
+        said = self.say(attribute) if attribute.category in _MEASURED else attribute.category
+        return " ".join(each for each in said.split() if each != attribute.value)
 
     def claims(self, text: str) -> dict[str, set[str]]:
         """Values that a text gives to each category that it speaks of."""

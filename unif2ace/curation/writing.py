@@ -92,18 +92,24 @@ class Writer:
 
     def write_questions(self, records: Sequence[Record]) -> None:
         """Ask for questions on every face that has a caption."""
-        if not self.config.questions.count:
-            return
         asked = {record.face.id: record for record in records if record.caption}
-        with tqdm(total=len(asked), desc="questions", unit="face") as bar:
-            for outcome in self.endpoints["writer"].ask_all(map(self._question, asked.values())):
-                record = asked[outcome.question.name]
+        config, failed = self.config.questions, {}
+        rounds = range(config.count if config.apart else min(1, config.count))
+        questions = (self._question(record, number) for record in asked.values() for number in rounds)
+        found: dict[tuple[str, int], list[Mapping[str, str]]] = {}
+        with tqdm(total=len(asked) * len(rounds), desc="questions", unit="request") as bar:
+            for outcome in self.endpoints["writer"].ask_all(questions):
+                name = outcome.question.name
                 if outcome.kind == "answered":
-                    record.pairs, reasons = self._sorted(record, outcome.value)
-                    self.dropped.update(_class(each) for each in reasons)
+                    found[name, outcome.question.seed] = outcome.value
                 else:
-                    record.lost = f"questions {outcome.kind}: {outcome.reason}"
+                    failed[name] = f"questions {outcome.kind}: {outcome.reason}"
                 bar.update()
+        for name, record in asked.items():
+            answers = [found.get((name, record.seed + number), []) for number in rounds]
+            record.pairs, reasons = self._sorted(record, [pair for pairs in answers for pair in pairs])
+            self.dropped.update(_class(each) for each in reasons)
+            record.lost = "" if record.pairs else failed.get(name, "")
 
     def _caption(self, record: Record) -> Question:
         limits = self.config.captions
@@ -122,7 +128,7 @@ class Writer:
         if self.caption.image:
             image = self.crop(record.face)
         else:
-            values = {"facts": self._facts(record, self.config.captions.facts, ", ")}
+            values = {"facts": self._facts(record, self.config.captions.facts)}
         return Question(record.face.id, self.caption, values, image, check, record.seed)
 
     def _caption_fault(self, text: str, record: Record) -> str | None:
@@ -141,7 +147,7 @@ class Writer:
     def _correction(self, record: Record) -> Question:
         values = {
             "caption": record.caption,
-            "facts": self._facts(record, 0, ", "),
+            "facts": self._facts(record, 0),
             "wrong": self._wrong(record),
         }
 
@@ -154,12 +160,15 @@ class Writer:
         assert self.correct is not None
         return Question(record.face.id, self.correct, values, None, check, record.seed)
 
-    def _question(self, record: Record) -> Question:
+    def _question(self, record: Record, number: int) -> Question:
         told = self.config.questions
+        chosen = self._chosen(record, told.facts, salt=1, first=number * told.facts)
         every = {
             "caption": record.caption,
-            "facts": self._facts(record, told.facts, "; ", 1),
+            "facts": "; ".join(map(self.lexicon.say, chosen)) or "nothing",
             "count": str(told.count),
+            "topic": "; ".join(map(self.lexicon.topic, chosen)),
+            "value": "; ".join(each.value for each in chosen),
         }
 
         def check(value: list[dict[str, str]]) -> str | None:
@@ -167,7 +176,7 @@ class Writer:
             return None if kept else f"no pair can be used: {reasons[0] if reasons else 'there is none'}"
 
         values = {name: each for name, each in every.items() if f"{{{name}}}" in self.questions.user}
-        return Question(record.face.id, self.questions, values, None, check, record.seed)
+        return Question(record.face.id, self.questions, values, None, check, record.seed + number)
 
     def _sorted(self, record: Record, value: Iterable[Mapping[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
         """Pairs that are kept, and the reasons of those that are not."""
@@ -190,11 +199,16 @@ class Writer:
                 reasons.append(reason)
         return kept, reasons
 
-    def _facts(self, record: Record, count: int, between: str, salt: int = 0) -> str:
-        """Attributes in words, in an order of chance; `count` of them, 0: all."""
-        said = [each for each in map(self.lexicon.say, record.attributes) if each]
-        random.Random(record.seed + salt).shuffle(said)
-        return between.join(said[:count] if count else said) or "nothing"
+    def _facts(self, record: Record, count: int) -> str:
+        return ", ".join(map(self.lexicon.say, self._chosen(record, count))) or "nothing"
+
+    def _chosen(self, record: Record, count: int, salt: int = 0, first: int = 0) -> list[Attribute]:
+        """Attributes that have words, in an order of chance: `count` from `first` on, around the end; 0: all."""
+        told = [each for each in record.attributes if self.lexicon.say(each)]
+        random.Random(record.seed + salt).shuffle(told)
+        start = first % max(1, len(told))
+        told = told[start:] + told[:start]
+        return told[:count] if count else told
 
     def _take(self, record: Record, outcome: Outcome, stage: str) -> None:
         record.caption = _caption_of(outcome.value) if outcome.kind == "answered" else ""

@@ -145,6 +145,8 @@ class Endpoint:
                 return self._put_off(question, str(error))
             except BadAnswer as error:
                 reason = str(error)
+                if not self.config.mend:
+                    continue
                 mend = f"That is not right: {reason}. Answer again, in the form that was asked for."
                 messages = [
                     *body["messages"],

@@ -29,6 +29,8 @@ class EndpointConfig:
         timeout: seconds for one whole answer.
         tries: of one request, while it is not answered: too many requests, server errors, lost connections.
         answers: of one request, while what is answered is not valid; then it is quarantined.
+        mend: an answer that is not valid is asked for again with what is wrong with it; false: asked afresh, as suits a
+            model too small to be told.
         give_up: requests in a row whose tries all failed, after which the run stops.
         requests_per_minute, tokens_per_minute: limits; 0: none.
         budget_tokens: most tokens, in and out, of all runs in one folder; 0: no limit.
@@ -53,6 +55,7 @@ class EndpointConfig:
     timeout: float = 120.0
     tries: int = 6
     answers: int = 3
+    mend: bool = True
     give_up: int = 3
     requests_per_minute: float = 0.0
     tokens_per_minute: float = 0.0
