@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-RESAMPLES = 100
+RESAMPLES, FEW_RESAMPLES, MANY = 100, 20, 1000  # resamples of a bootstrap; fewer of many pictures
 Distance = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -67,7 +67,7 @@ def _check(first: np.ndarray, second: np.ndarray) -> None:
 
 
 def spread(
-    distance: Distance, first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+    distance: Distance, first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int | None = None
 ) -> float:
     """The bootstrap's standard error of a distance: both sets drawn anew with replacement.
 
@@ -75,6 +75,8 @@ def spread(
     their spread is used.
     """
     rng = np.random.default_rng(seed)
+    if resamples is None:
+        resamples = RESAMPLES if max(len(first), len(second)) <= MANY else FEW_RESAMPLES
     drawn = [
         distance(first[rng.integers(len(first), size=len(first))], second[rng.integers(len(second), size=len(second))])
         for _ in range(resamples)
