@@ -46,6 +46,10 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def _stop(*arguments, **more):
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     return sets.llava(tmp_path_factory.mktemp("faces"), 24)
@@ -145,10 +149,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(made, faces, tmp_path, monkeypa
         else:
             place = (fresh, "_pictures") if stage == "words" else (Checkpoint, "save")
 
-            def stop(*arguments, **more):
-                raise KeyboardInterrupt
-
-            patch.setattr(*place, stop)
+            patch.setattr(*place, _stop)
         with pytest.raises(KeyboardInterrupt):
             initialise(config(out, faces))
     assert not (out / "checkpoint").exists()
@@ -178,9 +179,12 @@ def test_parts_can_be_taken(made, faces, tmp_path, monkeypatch):
     out = tmp_path / "start"
     monkeypatch.setattr(fresh, "trained_image_tokenizer", None)
     taken = str(made[0] / "checkpoint")
-    report = initialise(
-        config(out, faces, text_tokenizer=TextConfig(path=taken), image_tokenizer=ImagesConfig(path=taken), seed=3)
-    )
+    given = config(out, faces, text_tokenizer=TextConfig(path=taken), image_tokenizer=ImagesConfig(path=taken), seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(fresh, "_images", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            initialise(given)
+    report = initialise(given)
     assert report["pictures"]["trained_on"] == 0 and report["words"]["median"] == made[1]["words"]["median"]
     before, after = weights(made[0]), weights(out)
     parts = [name for name in before if name.startswith("image_tokenizer.")]
