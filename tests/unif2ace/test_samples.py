@@ -21,7 +21,7 @@ from unif2ace.errors import UserError
 from unif2ace.generation.image import paint
 from unif2ace.generation.reading import Faces
 from unif2ace.generation.text import answer_codes
-from unif2ace.model.painting import PaintSettings
+from unif2ace.model.painting import PaintSettings, paint_prompts
 from unif2ace.model.sequences import Batch
 from unif2ace.training import samples
 from unif2ace.training.samples import write_samples
@@ -86,7 +86,21 @@ def train(model, batches, between):
     return losses, model.state_dict(), [module.training for module in model.modules()], torch.random.get_rng_state()
 
 
-def test_training_does_not_notice_them(checkpoint, tmp_path):
+@pytest.fixture
+def drawing(monkeypatch):
+    """A painting that draws from the global state, as one may; the modes that it found."""
+    found = []
+
+    def painting(model, *arguments):
+        torch.rand(3)
+        found.append(model.training)
+        return paint_prompts(model, *arguments)
+
+    monkeypatch.setattr(samples, "paint_prompts", painting)
+    return found
+
+
+def test_training_does_not_notice_them(checkpoint, tmp_path, drawing):
     batches = [tiny.single(tiny.mixed(seed, checkpoint.model.config)) for seed in range(3)]
     runs, taken = [], []
     for on in (True, False):
@@ -94,7 +108,7 @@ def test_training_does_not_notice_them(checkpoint, tmp_path):
         torch.manual_seed(3)
         runs.append(train(own.model, batches, (lambda own=own: taken.append(sample(own, tmp_path))) if on else int))
     (losses, weights, modes, state), (other_losses, other_weights, other_modes, other_state) = runs
-    assert taken == [True] * 3 and len(set(losses)) == 3
+    assert taken == [True] * 3 and len(set(losses)) == 3 and drawing == [False] * 3
     assert all(torch.equal(a, b) for a, b in zip(losses, other_losses)) and torch.equal(state, other_state)
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights) and modes == other_modes
 

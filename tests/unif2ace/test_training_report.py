@@ -154,7 +154,7 @@ def test_the_headline_is_of_the_last_steps(tmp_path):
     records = steps(
         2000, loss=lambda step: 5.0 - step / 1000, tokens=1000, seconds=lambda step: 2.0 * (step + 1), step_seconds=2.0,
         data_seconds=lambda step: 0.5 if step >= 1900 else 0.0, memory_bytes=2**30, tokens_per_second=500.0,
-        terms={"mask_accuracy": 0.25}, mfu=None,
+        terms={"mask_accuracy": 0.25}, mfu=None, skipped=1, corrupt=1200,
     )  # fmt: skip
     run = logged(tmp_path, [*events, *records])
     shown = {name: (value, remark) for name, value, remark in headline(run)}
@@ -164,6 +164,7 @@ def test_the_headline_is_of_the_last_steps(tmp_path):
     assert shown["codes ranked first"][0] == "25%" and "answers ranked first" not in shown and "MFU" not in shown
     assert shown["tokens"] == ("2 M", "1 k a step") and shown["tokens a second"] == ("500", "at best 500")
     assert shown["waits for data"][0] == "25.0%" and shown["memory"][0] == "1.0 GiB"
+    assert shown["passed over"] == ("1 steps", "1,200 unreadable samples")
     assert shown["time"] == ("1 h 6 min", "1 h 6 min to go")
 
 

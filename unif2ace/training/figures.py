@@ -80,7 +80,7 @@ def speed(run: Run) -> Figure:
         ("memory of rank 0 (GiB)", run.column("memory_bytes") / 2**30, None),
     ]
     panels = [each for each in panels if np.isfinite(each[1]).any()]
-    counted = {name: run.column(name) for name in ("skipped", "corrupt") if np.isfinite(run.column(name)).any()}
+    counted = {name: run.column(name) for name in ("skipped", "corrupt") if np.nanmax(run.column(name), initial=0) > 0}
     figure, axes = _panels(run, len(panels) + bool(counted))
     for axis, (title, values, formatter) in zip(axes, panels):
         _curve(axis, run.steps, values)
@@ -93,7 +93,7 @@ def speed(run: Run) -> Figure:
         names = {"skipped": "steps skipped", "corrupt": "samples unreadable"}
         _lines(axes[-1], run.steps, {names[name]: values for name, values in counted.items()}, "so far", smooth=False)
         axes[-1].yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes[-1].set_ylim(0, max(1, *(np.nanmax(each) * 1.15 for each in counted.values())))
+        axes[-1].set_ylim(0, 1.15 * max(float(np.nanmax(each)) for each in counted.values()))
     return figure
 
 
@@ -231,7 +231,9 @@ def _short(value: float, _: object = None) -> str:
 def _log(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leading(value) in (2, 5) else ""))
+    low, high = axis.get_ylim()
+    named = (2, 5) if high < 50 * low else ()  # over more decades there is no room
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leading(value) in named else ""))
     axis.tick_params(axis="y", which="minor", labelsize=7, colors="#555b66", length=1)
 
 

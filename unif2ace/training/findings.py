@@ -53,6 +53,9 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     memory = _finite(run.column("memory_bytes"))
     if len(memory):
         rows.append(("memory", f"{memory.max() / 2**30:.1f} GiB", "most of rank 0"))
+    skipped, corrupt = (_finite(run.column(name))[-1:] for name in ("skipped", "corrupt"))
+    if len(skipped) and len(corrupt):
+        rows.append(("passed over", f"{int(skipped[0]):,} steps", f"{int(corrupt[0]):,} unreadable samples"))
     seconds, took = _finite(run.column("seconds")), _finite(run.column("step_seconds"))[-end:]
     if len(seconds):
         left = (run.total - done) * float(took.mean()) if run.total and len(took) else 0
