@@ -26,6 +26,7 @@ OTHER_TITLES = {
     "dispatch": "What expert parallelism sends over two processes (`python -m benchmarks.dispatch`)",
     "plan": "Memory as planned and as measured (`python -m benchmarks.planned`)",
     "profiles": "A training step and a generation by part (`python -m benchmarks.profiles`)",
+    "training": "A training step over two processes (`python -m benchmarks.training`)",
 }
 
 

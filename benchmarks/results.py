@@ -18,8 +18,8 @@ from .environment import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 _CASE = ("op", "shape", "dtype", "mode")
-# Records of other kinds: what a device can, and those of planned.py, profiles.py, dispatch.py, ablation.py.
-_NO_CASES = ("ceilings", "plan", "profile", "dispatch", "ablation")
+# Records of other kinds: what a device can, and those of planned.py, profiles.py, dispatch.py, training.py and others.
+_NO_CASES = ("ceilings", "plan", "profile", "dispatch", "training", "ablation")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from unif2ace.data import captions
 from unif2ace.data.dataset import FaceSet, build_faces
 from unif2ace.evaluation import quality, report
 from unif2ace.files import digest, read_json, write_json
-from unif2ace.model import attention, blocks, modeling, sequence_moe, sequences, visibility
+from unif2ace.model import attention, balance, blocks, losses, modeling, sequence_moe, sequences, visibility
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.text_tokenizer import TextTokenizer
@@ -160,7 +160,9 @@ def _model(
     )
     schedule = Schedule(settings.model_steps)
     data = (encoded.codes, encoded.semantic, encoded.identity, torch.from_numpy(encoded.classes))
-    modules = (attention, blocks, modeling, sequence_moe, sequences, visibility, loop, optimizers, recipes)
+    modules = (
+        attention, balance, blocks, losses, modeling, sequence_moe, sequences, visibility, loop, optimizers, recipes,
+    )  # fmt: skip
     name = fingerprint(
         config, schedule, settings.optimizer, settings.recipe, settings.seed,
         of=[*(each.numpy().tobytes() for each in data), text.tokenizer.to_str().encode(), captions, *modules],

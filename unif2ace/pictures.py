@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -20,6 +19,8 @@ def decode(content: bytes) -> np.ndarray:
     Raises:
         ValueError: it is no picture, or has more than `LARGEST_PIXELS`; the message ends a sentence on the file.
     """
+    import cv2  # whoever reads no picture, as training on shards, has no need of it
+
     header = _header(content)
     width, height = header.size
     if width * height > LARGEST_PIXELS:

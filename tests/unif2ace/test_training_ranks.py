@@ -52,3 +52,15 @@ def test_ranks_compute_what_one_does(prepared, alone, name, ranks, parallel):
     for key, value in weights.items():
         scale = max(float(value.abs().max()), 1e-2)
         assert float((after[key] - value).abs().max()) <= WEIGHT * scale, key
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_sharding_over_one_rank_changes_nothing(tmp_path, precision):
+    """What a machine with one GPU can run of FSDP2, here on the CPU."""
+    values = runs.prepare_drawn(tmp_path)
+    values["parallel"]["precision"] = precision
+    config = runs.write(values, tmp_path / "config.json")
+    alone = runs.train(config)
+    sharded = runs.train(config, f"--run={tmp_path / 'sharded'}", hook="training_hooks:sharded_alone")
+    for ours, theirs in zip(sharded, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS if precision == "float32" else 0.02)

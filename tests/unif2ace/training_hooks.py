@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 
-from unif2ace.model.modeling import UniF2aceForConditionalGeneration
-from unif2ace.training import states
+from unif2ace.model import modeling
+from unif2ace.training import sharding, stage, states
 from unif2ace.training.stage import Stage
 
 
@@ -44,14 +45,14 @@ def no_space() -> None:
 
 def nan_twice() -> None:
     """The losses of the second and third batch are not numbers."""
-    loss, calls = UniF2aceForConditionalGeneration._loss, []
+    loss, calls = modeling.training_loss, []
 
-    def poisoned(self, *arguments):
+    def poisoned(*arguments):
         calls.append(1)
-        total, terms = loss(self, *arguments)
+        total, terms = loss(*arguments)
         return (total * float("nan"), terms) if len(calls) in (2, 3) else (total, terms)
 
-    UniF2aceForConditionalGeneration._loss = poisoned
+    modeling.training_loss = poisoned
 
 
 def slow_steps() -> None:
@@ -65,3 +66,9 @@ def slow_steps() -> None:
         return step(self, work)
 
     Stage.step = slow
+
+
+def sharded_alone() -> None:
+    """One rank, sharded as many are."""
+    stage.shard = sharding.spread
+    Stage._autocast = lambda self: contextlib.nullcontext()

@@ -14,19 +14,30 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sets
 import tiny
 import torch
 
 from unif2ace.checkpoint import Checkpoint
+from unif2ace.configs import UniF2aceConfig
+from unif2ace.data.samples import Sample
+from unif2ace.data.shards import MANIFEST, write_shard
+from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parents[2]
+_REST: dict[str, Any] = {
+    "stages": [{"name": "joint", "steps": 6, "lr": 1e-2, "warmup": 2}],
+    "parallel": {"precision": "float32", "device": "cpu", "threads": 1},
+    "save": {"every": 100, "minutes": 0},
+    "watch": {"progress": False, "every": 2},
+}
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["unif2ace.training.engine", "unif2ace.cli.train", "unif2ace.data.precompute", "cv2"])
+_PROCESSES.set_forkserver_preload(["unif2ace.training.engine", "unif2ace.cli.train"])
 
 
 def prepare(folder: Path, samples: int = 23, text: bool = False, **sizes: Any) -> dict[str, Any]:
@@ -55,11 +66,40 @@ def prepare(folder: Path, samples: int = 23, text: bool = False, **sizes: Any) -
         "run": str(folder / "run"),
         "checkpoint": str(folder / "start"),
         "data": data,
-        "stages": [{"name": "joint", "steps": 6, "lr": 1e-2, "warmup": 2}],
-        "parallel": {"precision": "float32", "device": "cpu", "threads": 1},
-        "save": {"every": 100, "minutes": 0},
-        "watch": {"progress": False, "every": 2},
+        **_REST,
     }
+
+
+def prepare_drawn(folder: Path, samples: int = 23) -> dict[str, Any]:
+    """As `prepare`, with codes and features drawn at random: nothing of it needs OpenCV or a picture."""
+    words = tiny.text_tokenizer()
+    config = sets.model(words)
+    torch.manual_seed(3)
+    images = ImageTokenizer(ImageTokenizerConfig(side=16, bits=sets.CODE_BITS, fine=8, coarse=8, blocks=1))
+    Checkpoint.of(UniF2aceForConditionalGeneration(config), images, words).save(folder / "start")
+    (folder / "shards").mkdir(parents=True)
+    index = write_shard(folder / "shards", 0, map(partial(_drawn, config), range(samples)), 0, [], "drawn")
+    (folder / "shards" / MANIFEST).write_text(json.dumps({"shards": [index]}))
+    return {
+        "run": str(folder / "run"),
+        "checkpoint": str(folder / "start"),
+        "data": {"sets": [{"path": str(folder / "shards")}], "batch": 8, "mix": {"t2i": 4, "mmu": 4, "lm": 0}},
+        **_REST,
+    }
+
+
+def _drawn(config: UniF2aceConfig, number: int) -> Sample:
+    rng = np.random.default_rng(number)
+    asked = [{"question": "and the hair?", "answer": "dark hair"}, {"question": "who?", "answer": f"face {number}"}]
+    return Sample(
+        key=f"face-{number}",
+        where=f"drawn {number}",
+        captions=(f"{sets.WORDS[number % 5]} {number}",),
+        conversations=(tuple((turn["question"], turn["answer"]) for turn in asked),),
+        codes=rng.integers(0, config.vocabulary.codes, config.image_tokens),
+        identity=rng.standard_normal(config.identity, dtype=np.float32),
+        semantic=rng.standard_normal((4, config.semantic), dtype=np.float32),
+    )
 
 
 def write(values: dict[str, Any], path: Path) -> Path:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -172,6 +171,8 @@ def face_frame(picture: np.ndarray, side: int) -> np.ndarray:
 
 def square_frame(picture: np.ndarray, side: int) -> np.ndarray:
     """The largest square in the middle."""
+    import cv2
+
     height, width = picture.shape[:2]
     edge = min(height, width)
     top, left = (height - edge) // 2, (width - edge) // 2

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
 from tqdm import tqdm
 
@@ -206,6 +205,8 @@ class _Worker:
 
 def _made_here(worker: _Worker, shards: list[int]) -> Iterator[dict[str, Any]]:
     """The indices of `shards` as they are made, by this process."""
+    import cv2
+
     threads = torch.get_num_threads(), cv2.getNumThreads()
     try:
         _one_thread()
@@ -218,6 +219,8 @@ def _made_here(worker: _Worker, shards: list[int]) -> Iterator[dict[str, Any]]:
 
 def _one_thread() -> None:
     """Sums in one order whoever makes them, and processes that do not fight for cores."""
+    import cv2
+
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 

@@ -173,7 +173,7 @@ class Stream:
         return {task: places[task] / len(walk) for task, walk in self.walks.items()}
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Plain values, to go on with `step`; by default with the one after the last that was taken from the iterator."""
+        """Plain values, to go on with `step`; by default with the one after the last that was taken."""
         step = self.step if step is None else step
         return {
             "seed": self.data.seed,

@@ -25,17 +25,18 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
-from unif2ace.configs import MMU, T2I, UniF2aceConfig
+from unif2ace.configs import MMU, UniF2aceConfig
 from unif2ace.model.attention import positions, rotary_table
 from unif2ace.model.balance import Routers, balance_loss
 from unif2ace.model.blocks import Block, Context, at_rows
 from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.image_tokenizers import build_image_tokenizer, describe_image_tokenizer
+from unif2ace.model.losses import training_loss
 from unif2ace.model.magvit import Magvit
 from unif2ace.model.sequence_moe import EXPERTS, Injection, Resampler, SequenceMoE
-from unif2ace.model.sequences import IGNORE, Batch, Layout, Shares
+from unif2ace.model.sequences import Batch, Layout, Shares
 from unif2ace.model.visibility import Visibility
-from unif2ace_kernels import d3diff, moe, sampling
+from unif2ace_kernels import moe, sampling
 
 
 @dataclass
@@ -234,7 +235,10 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is None:
             output.logits = self.head(x[:, -logits_to_keep:])
         elif layout is not None and mask_prob is not None:  # as they are wherever there may be labels
-            output.loss, output.terms = self._loss(output, labels, task, image_start, layout, mask_prob, shares)
+            balance = balance_loss(self.routers(output), self.balance_group)
+            output.loss, output.terms = training_loss(
+                self.config, self.head, x, labels, task, image_start, layout, mask_prob, balance, shares
+            )
         return output
 
     def _image_index(self, image_start: torch.Tensor) -> torch.Tensor:
@@ -327,61 +331,6 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image=None,
             injected=None,
         )
-
-    def _loss(
-        self,
-        output: UniF2aceOutput,
-        labels: torch.Tensor,
-        task: torch.Tensor,
-        image_start: torch.Tensor,
-        layout: Layout,
-        mask_prob: torch.Tensor,
-        shares: Shares | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One pass of the head serves t2i and mmu, a second one plain text, where there is some."""
-        config, switch = self.config, self.config.loss
-        share = shares or Shares(1.0, 1.0, 1.0, 1.0, 1.0)
-        hidden, length = cast(torch.Tensor, output.last_hidden_state).flatten(0, 1), labels.shape[1]
-        generates = task == T2I
-        plain = (image_start < 0)[:, None]
-        # D3Diff averages over its own samples: they are numbered among themselves, mmu rows count for nothing.
-        sample = (generates.cumsum(0) - 1).clamp(min=0)
-        t2i = layout.t2i if layout.images is None else layout.images[layout.t2i]
-        total, stats = d3diff.joint_loss(
-            hidden,
-            self.head.weight,
-            self.head.bias,
-            (labels.masked_fill(plain, IGNORE) if layout.plain else labels).flatten(),
-            generates.repeat_interleave(length),
-            mask_prob[t2i] if len(t2i) else mask_prob[:1],
-            sample.repeat_interleave(length),
-            image_coef=switch.t2i,
-            text_coef=switch.mmu * share.mmu,
-            code_range=config.vocabulary.code_range,
-            alpha=switch.alpha * share.score,
-            ce_coef=switch.mask * share.mask,
-            score=switch.score,
-            schedule=switch.schedule,
-            max_weight=switch.max_weight,
-        )
-        terms = {
-            "mask": share.mask * stats.image.ce,
-            "score": share.score * stats.image.score,
-            "mmu": share.mmu * stats.text.ce,
-            "mask_accuracy": share.mask * stats.image.accuracy,
-            "mmu_accuracy": share.mmu * stats.text.accuracy,
-        }
-        if layout.plain:
-            loss, text = d3diff.next_token_loss(
-                hidden, self.head.weight, self.head.bias, labels.masked_fill(~plain, IGNORE).flatten()
-            )
-            total = total + switch.lm * share.lm * loss
-            terms["lm"] = share.lm * text.ce
-        balance = balance_loss(self.routers(output), self.balance_group)
-        if balance is not None:
-            terms["balance"] = share.balance * balance
-            total = total + terms["balance"]
-        return total, {name: value.detach() for name, value in terms.items()}
 
     def routers(self, output: UniF2aceOutput) -> tuple[Routers, Routers]:
         """The token level's and the sequence level's, a layer each, with what they chose in a forward pass."""

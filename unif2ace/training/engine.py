@@ -10,7 +10,7 @@ import contextlib
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import distributed as dist
@@ -18,7 +18,6 @@ from torch import distributed as dist
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
 from unif2ace.files import replacing, write_json
-from unif2ace.generation.reading import Faces
 from unif2ace.training import samples, states
 from unif2ace.training.config import TrainConfig, plain
 from unif2ace.training.export import export
@@ -28,6 +27,9 @@ from unif2ace.training.stage import Stage
 from unif2ace.training.states import States
 from unif2ace.training.watch import Watch
 from unif2ace.training.world import Signals, World, join
+
+if TYPE_CHECKING:
+    from unif2ace.generation.reading import Faces
 
 CONFIG, SKIPPED = "config.yaml", "skipped.json"
 _ASKED = 4  # faces that samples ask about

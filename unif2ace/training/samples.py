@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule
 from unif2ace.configs import MMU
 from unif2ace.errors import UserError
 from unif2ace.files import replacing, write_json
-from unif2ace.generation.reading import Faces
 from unif2ace.generation.text import MAX_QUESTION, answer
 from unif2ace.model.image_tokenizer import to_uint8
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
@@ -28,6 +28,9 @@ from unif2ace.model.painting import PaintSettings, paint_prompts
 from unif2ace.model.sequences import Batch, RowSizes, t2i_prompts
 from unif2ace.model.text_tokenizer import TextTokenizer
 from unif2ace.training.journal import tell
+
+if TYPE_CHECKING:
+    from unif2ace.generation.reading import Faces
 
 PAINTINGS, FACES, WORDS = "paintings.png", "faces.png", "samples.json"
 
@@ -39,6 +42,8 @@ def folder_of(run: Path, step: int) -> Path:
 
 def faces_of(batch: Batch, config: RowSizes, count: int) -> Faces:
     """The faces of a training batch's first `count` mmu rows, to ask about; fewer where it has fewer."""
+    from unif2ace.generation.reading import Faces  # with OpenCV, which training on shards has no need of
+
     rows = ((batch.task == MMU) & (batch.image_start >= 0)).nonzero()[:count, 0].cpu()
     ids, start = batch.input_ids.cpu()[rows], batch.image_start.cpu()[rows]
     codes = ids.gather(1, start[:, None] + torch.arange(config.image_tokens))

@@ -36,7 +36,12 @@ def shard(model: UniF2aceForConditionalGeneration, world: World, config: Paralle
     """
     if world.ranks == 1:
         model.to(world.device)  # type: ignore[arg-type]
-        return
+    else:
+        spread(model, world, config)
+
+
+def spread(model: UniF2aceForConditionalGeneration, world: World, config: ParallelConfig) -> None:
+    """As `shard`, over one rank too."""
     kind = world.device.type
     own = spread_experts(model, world, config.experts) if config.experts > 1 else set()
     mesh = init_device_mesh(kind, (world.ranks,))
