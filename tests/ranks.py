@@ -21,7 +21,7 @@ def _work(rank: int, ranks: int, store: str, checks: list[tuple[str, Check]], re
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=20)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     found: dict[str, str] = {}
     for name, check in checks:
@@ -51,7 +51,7 @@ def run(ranks: int, checks: list[tuple[str, Check]], imports: Sequence[str] = ()
         workers = [start.Process(target=_work, args=(rank, ranks, store, checks, results)) for rank in range(ranks)]
         for worker in workers:
             worker.start()
-        found = [results.get(timeout=120)[1] for _ in workers]
+        found = [results.get(timeout=300)[1] for _ in workers]
         for worker in workers:
             worker.join()
     missing = "did not run: an earlier check failed"

@@ -199,8 +199,10 @@ def test_what_a_step_sends_by_hand():
     spread = step_cost(H100S, BASE, Layout(64, expert_ranks=8)).collectives
     assert spread[SCATTER].sent == pytest.approx(4 * (number.all - layers * experts) * 63 / 64)
     assert spread[REDUCE].sent == pytest.approx(2 * 4 * layers * experts / 8 * 7 / 8)
-    rows = dispatch(BASE.config, (10 * 392, 6 * 392), 8, 8).sent
-    assert spread[EXCHANGE].sent == pytest.approx(layers * 2 * 2 * rows * 2048 * 2)
+    rows = dispatch(BASE.config, (10 * 392, 6 * 392), 8, 8)
+    assert spread[EXCHANGE].sent == pytest.approx(layers * 2 * 2 * rows.sent * 2048 * 2)
+    passes = 4 * rows.fullest * 2048 * 2 / 360e9 + 8 * (8.4e-6 + 3.4e-6)  # five collectives forward, three backward
+    assert spread[EXCHANGE].seconds == pytest.approx(layers * passes)
     again = step_cost(H100S, replace(BASE, checkpointing="block"), Layout(64, expert_ranks=8)).collectives
     assert again[EXCHANGE].sent == pytest.approx(1.5 * spread[EXCHANGE].sent)
     assert again[GATHER].sent == spread[GATHER].sent
