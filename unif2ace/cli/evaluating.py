@@ -62,6 +62,7 @@ def _ablate(parsed: argparse.Namespace) -> None:
     material = ablation.Material.load(parsed.demo)
     runs = ablation.study_runs(material, range(parsed.seeds), study_settings, parsed.out, parsed.only)
     if not parsed.only:
+        found = study.summaries(runs)
         with replacing(parsed.out / "ablations.md") as partial:
-            partial.write_text(study.page(study.summaries(runs), ablation.about(study_settings)), encoding="utf-8")
-        print(f"{study.in_words(study.summaries(runs))}\ntables: {parsed.out / 'ablations.md'}")
+            partial.write_text(study.page(found, ablation.about(study_settings)), encoding="utf-8")
+        print(f"{study.answers(found)}\n{study.in_words(found)}\ntables: {parsed.out / 'ablations.md'}")

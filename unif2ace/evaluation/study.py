@@ -7,20 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import t as student
+
 from unif2ace.evaluation.intervals import Estimate, mean
 from unif2ace.evaluation.tables import FULL, TABLES
 
 Run = Mapping[str, Any]  # a result of `ablation.run`
 
-# Measure -> whether more is better, title, digits.
+# Measure -> whether more is better, title, digits. Losses are in nats: of a masked code, a face, a token of an answer.
 MEASURES: dict[str, tuple[bool, str, int]] = {
-    "masked_loss": (False, "masked code, nats", 3),
-    "score_bound": (False, "score term, nats a face", 1),
-    "answer_loss": (False, "answer token, nats", 3),
+    "masked_loss": (False, "masked loss", 3),
+    "score_bound": (False, "score term", 1),
+    "answer_loss": (False, "answer loss", 3),
     "answered": (True, "answered", 3),
     "painted": (True, "painted as told", 3),
     "painted_distance": (False, "distance of paintings", 2),
 }
+
+
+SURE = 0.99
 
 
 @dataclass(frozen=True)
@@ -30,22 +35,24 @@ class Cell:
     Attributes:
         mean, spread: over its seeds; spread is the standard deviation, None of one seed.
         difference: to the full model's, seed by seed, with its bootstrap interval over seeds; None for the full model.
-        wins, losses: seeds in which it is better, and worse, than the full model.
+        wins: seeds in which it is better than the full model.
+        gain: the difference, above zero where the variant is better. noise: half of that difference's 99 % interval by
+            Student's t with the spread of all variants' differences pooled; None where no variant has two seeds.
     """
 
     mean: float
     spread: float | None
     difference: Estimate | None = None
     wins: int = 0
-    losses: int = 0
+    gain: float = 0.0
+    noise: float | None = None
 
     @property
     def verdict(self) -> str:
-        """better or worse where every one of at least three seeds says so, else an empty text."""
-        seeds = self.difference.size if self.difference else 0
-        if seeds < 3 or (self.wins < seeds and self.losses < seeds):
+        """better or worse where the difference is beyond the noise, else an empty text."""
+        if self.noise is None or abs(self.gain) <= self.noise:
             return ""
-        return "better" if self.wins == seeds else "worse"
+        return "better" if self.gain > 0 else "worse"
 
 
 @dataclass(frozen=True)
@@ -75,16 +82,34 @@ def summaries(runs: Sequence[Run]) -> list[Summary]:
         raise ValueError(f"runs: expected some of the variant {FULL!r}, which the others are held against")
     full = by_variant[FULL]
 
+    def apart(name: str, own: dict[int, Run]) -> list[float]:
+        """Differences to the full model with the same seed."""
+        if own is full:
+            return []
+        return [own[seed]["measures"][name] - full[seed]["measures"][name] for seed in sorted(own.keys() & full.keys())]
+
+    def noise(name: str) -> float | None:
+        """Half-width of one seed's 99 % interval."""
+        found = [each for own in by_variant.values() if len(each := apart(name, own)) > 1]
+        freedom = sum(len(each) - 1 for each in found)
+        if not freedom:
+            return None
+        squares = sum((len(each) - 1) * statistics.variance(each) for each in found)
+        return float(student.ppf(1 - (1 - SURE) / 2, freedom)) * (squares / freedom) ** 0.5
+
+    noises = {name: noise(name) for name in MEASURES}
+
     def cell(name: str, own: dict[int, Run]) -> Cell:
         values = [each["measures"][name] for each in own.values()]
         spread = statistics.stdev(values) if len(values) > 1 else None
-        shared = sorted(own.keys() & full.keys())
-        if own is full or not shared:
+        differences, one = apart(name, own), noises[name]
+        if not differences:
             return Cell(statistics.fmean(values), spread)
-        apart = [own[seed]["measures"][name] - full[seed]["measures"][name] for seed in shared]
-        good = [each if MEASURES[name][0] else -each for each in apart]
-        wins, losses = sum(each > 0 for each in good), sum(each < 0 for each in good)
-        return Cell(statistics.fmean(values), spread, mean(apart), wins, losses)
+        sign = 1 if MEASURES[name][0] else -1
+        wins = sum(sign * each > 0 for each in differences)
+        width = one / len(differences) ** 0.5 if one is not None else None
+        gain = sign * statistics.fmean(differences)
+        return Cell(statistics.fmean(values), spread, mean(differences), wins, gain, width)
 
     found = []
     for name, own in by_variant.items():
@@ -118,9 +143,9 @@ def page(found: Sequence[Summary], about: str) -> str:
     lines += [
         "", "## Against the full model, seed by seed", "",
         "Mean difference of runs with the same seed [95 % bootstrap interval over seeds], and in how many seeds the "
-        "variant is better. With three seeds the interval is hardly more than the least and the largest difference, "
-        "and all three fall on one side by chance one time in four: **bold**, every seed on one side, is a hint and no "
-        "proof.", "",
+        "variant is better. With few seeds that interval is hardly more than the least and the largest difference, so "
+        "**bold** goes by another: Student's 99 % interval with the spread of all variants pooled does not hold zero. "
+        f"Of {len(found[1:]) * len(MEASURES)} differences one or so is bold by chance.", "",
         _row(["variant", *heads]), _row(["---"] * (1 + len(heads))),
     ]  # fmt: skip
     for each in found[1:]:
@@ -157,13 +182,40 @@ def page(found: Sequence[Summary], about: str) -> str:
 
 
 def in_words(found: Sequence[Summary]) -> str:
-    """What each variant is better and worse in, in every seed."""
-    lines = []
-    for each in found[1:]:
-        told = {
-            verdict: [MEASURES[name][1] for name, cell in each.cells.items() if cell.verdict == verdict]
-            for verdict in ("better", "worse")
-        }
-        parts = [f"{verdict} in {', '.join(names)}" for verdict, names in told.items() if names]
-        lines.append(f"- {each.name}: {'; '.join(parts) if parts else 'no difference that every seed shows'}")
-    return "\n".join(lines)
+    """What each variant is better and worse in, beyond the noise."""
+    return "\n".join(f"- {each.name}: {told(each)}" for each in found[1:])
+
+
+def told(each: Summary) -> str:
+    """What a variant is better and worse in, with the differences."""
+    parts = []
+    for verdict in ("better", "worse"):
+        names = [
+            f"{MEASURES[name][1]} ({_number(name, cell.difference.value, True)})"
+            for name, cell in each.cells.items()
+            if cell.verdict == verdict and cell.difference is not None
+        ]
+        if names:
+            parts.append(f"{verdict} in {', '.join(names)}")
+    return "; ".join(parts) if parts else "no difference beyond the noise"
+
+
+def answers(found: Sequence[Summary]) -> str:
+    """The two questions that the study was made for, and what it could not have seen."""
+    by_name = {each.name: told(each) for each in found[1:]}
+    lines = [
+        f"{asked} {'; '.join(f'{name}: {by_name[name]}' for name in names if name in by_name)}."
+        for asked, names in (
+            ("Does D3Diff's score term help here? Without it,", ("mask only (alpha 0)",)),
+            ("Do the experts? Without them,", ("no experts", "token level only", "sequence level only")),
+        )
+    ]
+    least = {
+        name: min(each.cells[name].noise or 0.0 for each in found[1:])
+        for name in MEASURES
+        if all(each.cells[name].noise is not None for each in found[1:])
+    }
+    if least:
+        smallest = ", ".join(f"{MEASURES[name][1]} {_number(name, value)}" for name, value in least.items())
+        lines.append(f"Differences smaller than these would not have shown: {smallest}.")
+    return "\n\n".join(lines)
