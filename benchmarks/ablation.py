@@ -49,8 +49,9 @@ def page(runs: list[dict[str, Any]]) -> str:
         f"{settings['prompts']} held-out captions painted, "
         + (f"{min(seeds)} to {max(seeds)}" if max(seeds) > min(seeds) else f"{max(seeds)}")
         + f" seeds a variant. `{first['command']}` on {first['device_name']}, one thread, "
-        f"torch {first['versions']['torch']}, commit {str(first['commit'])[:10]}; records: [tiny.jsonl](../../{RECORDS}). Runs of one seed see the same "
-        "faces, texts and masks in the same order. These are few steps of a small model: they show how fast each "
+        f"torch {first['versions']['torch']}, commit {str(first['commit'])[:10]}; records: "
+        f"[tiny.jsonl](../../{RECORDS}). Runs of one seed see the same faces, texts and masks in the same order. These "
+        "are few steps of a small model: they show how fast each "
         "variant learns, not where it ends, and say little of the 1.8B shape.\n\n"
         f"{study.answers(found)}\n\n"
         "Every variant against the full model (D3Diff with alpha 0.01, both levels of experts, top-2):\n\n"
