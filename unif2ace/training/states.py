@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -166,8 +167,13 @@ def load(state: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
     Raises:
         UserError: the state is damaged, or lacks one of them.
     """
+    missing = sorted(tensors.keys() - names(state))
+    if missing:
+        raise damaged(state, f"it has no {missing[0]}, or is of another model")
     try:
-        dcp.load(tensors, checkpoint_id=state, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            dcp.load(tensors, checkpoint_id=state, process_group=group, no_dist=group is None)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise damaged(state, _reason(error)) from error
 
