@@ -55,8 +55,9 @@ class FacesConfig:
 @dataclass(frozen=True)
 class AttributesConfig:
     """Attributes:
-    sources: what reads attributes off the pictures, `measured`, or `MODULE:FUNCTION`, which gives an AttributeSource;
-        of two that speak of one category, the more certain is believed.
+    sources: what reads attributes off the faces: `classifier:FOLDER` (of `unif2ace train-attributes`),
+        `face-parser:FOLDER`, `measured:FACES.npz` (`measured` for synthetic faces), or `MODULE:FUNCTION`, which gives
+        an AttributeSource. They are combined as `unif2ace.attributes.combine` says.
     least: probability from which an attribute is taken for true.
     """
 

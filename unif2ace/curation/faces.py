@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cv2
@@ -35,14 +35,14 @@ class Face:
     """Attributes:
     id: digest of the picture's file: no name.
     file: below the folder of the pictures.
-    landmarks: [5][2], of its face.
+    landmarks: [5][2], of its face; x, y in pixels.
     reason: why it is let go; "" where it is kept.
     measures: of its quality.
     """
 
     id: str
     file: str
-    landmarks: tuple[tuple[float, float], ...] = ()
+    landmarks: list[list[float]] = field(default_factory=list)
     reason: str = ""
     measures: dict[str, float] | None = None
 
@@ -144,7 +144,7 @@ def _examine(folder: Path, file: str, config: FacesConfig) -> tuple[Face, np.nda
         return Face(name, file, reason="no face"), None
     if len(landmarks) > 1 and not config.bystanders:
         return Face(name, file, reason="several faces"), None
-    told = tuple((round(float(x), 2), round(float(y), 2)) for x, y in landmarks[0])
+    told = [[round(float(each), 2) for each in point] for point in landmarks[0]]
     measures = quality(crop_face(image, landmarks[0], _SIDE))
     measures["side"] = round(float(np.hypot(*(landmarks[0][1] - landmarks[0][0]))) / _EYES, 1)
     reason = _fault(measures, config)

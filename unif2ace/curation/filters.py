@@ -16,8 +16,8 @@ _STOP = frozenset(
     "person's person face their his her they he she".split()
 )
 _META = re.compile(
-    r"\b(?:as an ai|language model|i cannot|i can't|i'm sorry|<\|?\w+\|?>|\[inst\]|system prompt|the facts?\b|"
-    r"attributes? list|according to the (?:facts|attributes|list)|the caption)",
+    r"\b(?:as an ai|language model|i cannot|i can't|i'm sorry|system prompt|the facts?\b|attributes? list|"
+    r"according to the (?:facts|attributes|list)|the caption)|<\|?\w+\|?>|\[/?inst\]",
     re.IGNORECASE,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,13 +227,3 @@ def _class(reason: str) -> str:
 
 def _load(where: str) -> Prompt:
     return load_prompt(where, None if Path(where).suffix else PACKAGE)
-
-
-def by_category(found: Sequence[Sequence[Attribute]], least: float) -> Iterator[tuple[Attribute, ...]]:
-    """Of what several sources say of each face, the most certain value of each category, from `least` on."""
-    for said in found:
-        best: dict[str, Attribute] = {}
-        for each in sorted(said, key=lambda each: each.probability):
-            if each.probability >= least:
-                best[each.category] = each
-        yield tuple(best.values())

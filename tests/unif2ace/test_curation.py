@@ -1,0 +1,418 @@
+"""Building a set: what falls out and why, what is believed, what goes on, and that only what may leaves the machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from endpoints import Server, said
+from toy_source import Toy, picture, save, stand_ins  # noqa: F401
+
+from unif2ace.attributes.base import Attribute
+from unif2ace.cli import main
+from unif2ace.curation import filters
+from unif2ace.curation.build import attribute_source, build
+from unif2ace.curation.card import PLOT
+from unif2ace.curation.config import (
+    AttributesConfig,
+    BuildConfig,
+    CaptionsConfig,
+    CardConfig,
+    FacesConfig,
+    ImagesConfig,
+    QuestionsConfig,
+)
+from unif2ace.curation.faces import check_faces, picture_files, quality
+from unif2ace.curation.lexicon import Lexicon
+from unif2ace.data.attributes import ATTRIBUTES
+from unif2ace.data.config import SetConfig
+from unif2ace.data.sources import open_source
+from unif2ace.endpoint import BudgetSpent, EndpointConfig, load_prompt
+from unif2ace.errors import UserError
+
+CARD = CardConfig("cc-by-4.0", "they signed a form", "our studio", "toys", "me@example.org")
+MEASURED = Lexicon({each.name: each.words for each in ATTRIBUTES})
+TRAITS = Lexicon({"eyeglasses": ("yes", "no"), "hair colour": ("black", "blond"), "emotion": ("happy", "sadness")})
+
+
+# ------------------------------------------------------------------------------------------------------ what is said
+
+
+@pytest.mark.parametrize(
+    "text, claims",
+    [
+        ("A person with dark hair and a bright background.", {"hair": {"dark"}, "background": {"bright"}}),
+        ("The hair is light, the background behind them is dark.", {"hair": {"light"}, "background": {"dark"}}),
+        ("The hair is not light.", {}), ("She has no dark hair.", {}),
+        ("A smiling person, facing left in soft light.",
+         {"mouth": {"smiling"}, "facing": {"left"}, "lighting": {"soft"}}),
+        ("A bright warm green background", {"background": {"bright"}, "tint": {"warm"}, "greenery": {"green"}}),
+        ("dark clothes and light hair", {"clothes": {"dark"}, "hair": {"light"}}),
+        ("dark hair, medium hair", {"hair": {"dark", "medium"}}), ("", {}), ("a dark day", {}),
+    ],
+)  # fmt: skip
+def test_what_a_text_claims_of_measured_attributes(text, claims):
+    assert MEASURED.claims(text) == claims
+
+
+@pytest.mark.parametrize(
+    "text, claims",
+    [
+        ("A face with glasses on the nose and black hair", {"eyeglasses": {"yes"}, "hair colour": {"black"}}),
+        ("no eyeglasses, blond hair", {"eyeglasses": {"no"}, "hair colour": {"blond"}}),
+        ("He wears eyeglasses. A cheerful look.", {"eyeglasses": {"yes"}, "emotion": {"happy"}}),
+        ("a person without eyeglasses", {"eyeglasses": {"no"}}), ("does not wear eyeglasses", {"eyeglasses": {"no"}}),
+        ("not black hair", {}), ("blackhair", {}),
+    ],
+)  # fmt: skip
+def test_what_a_text_claims_of_traits(text, claims):
+    assert TRAITS.claims(text) == claims
+
+
+def test_every_measured_phrase_claims_what_it_says():
+    for each in ATTRIBUTES:
+        for value in each.words:
+            attribute = Attribute(each.name, value, 1.0)
+            assert MEASURED.claims(f"A person with {MEASURED.say(attribute)}.") == {each.name: {value}}
+            assert value not in MEASURED.topic(attribute).split() and MEASURED.topic(attribute)
+
+
+TRUTH = {"hair": "dark", "background": "bright", "mouth": "closed"}
+FACTS = {"eyeglasses": "yes", "hair colour": "black"}
+
+
+def test_a_contradiction_is_named_and_silence_is_none():
+    assert filters.contradiction("dark hair, a bright background", TRUTH, MEASURED) is None
+    assert filters.contradiction("A happy day in soft light", TRUTH, MEASURED) is None
+    assert "hair is light, but it is dark" in filters.contradiction("light hair", TRUTH, MEASURED)
+    assert "medium" in filters.contradiction("dark hair and medium hair", TRUTH, MEASURED)
+    assert filters.told("dark hair and medium hair, a bright background", TRUTH, MEASURED) == {"background"}
+
+
+@pytest.mark.parametrize(
+    "question, answer, fault",
+    [
+        ("What shade is the hair?", "dark", None), ("What shade is the hair?", "It is dark.", None),
+        ("Is the hair dark or light?", "dark", None), ("Is the hair dark?", "Yes", None),
+        ("Is the hair light?", "No, it is not.", None),
+        ("What shade is the hair?", "light", "contradiction"), ("Is the hair light?", "Yes", "contradiction"),
+        ("Is the hair dark?", "No", "contradiction"), ("Is the mouth closed or smiling?", "smiling", "contradiction"),
+        ("What shade has the dark hair?", "dark", "holds its answer"),
+        ("Is the background bright?", "bright", "holds its answer"),
+        ("Tell me of the hair", "dark", "no question"), ("Who is it?", "a friend", "no attribute speaks"),
+        ("What does the hair do?", "closed mouth", "no attribute speaks"),
+    ],
+)  # fmt: skip
+def test_pairs_against_measured_attributes(question, answer, fault):
+    found = filters.pair_fault(question, answer, TRUTH, MEASURED, unsupported=False)
+    assert found is None if fault is None else fault in found
+    if fault == "no attribute speaks":
+        assert filters.pair_fault(question, answer, TRUTH, MEASURED, unsupported=True) is None
+
+
+@pytest.mark.parametrize(
+    "question, answer, fault",
+    [
+        ("Does the person wear eyeglasses?", "Yes.", None), ("Does the person wear eyeglasses?", "No", "contradiction"),
+        ("What colour is the hair?", "Black", None), ("What hair colour is it?", "Blond", "contradict"),
+        ("What hair colour is it?", "Black", None), ("What is on the nose?", "no eyeglasses", "contradiction"),
+    ],
+)  # fmt: skip
+def test_pairs_against_traits(question, answer, fault):
+    found = filters.pair_fault(question, answer, FACTS, TRAITS, unsupported=False)
+    assert found is None if fault is None else fault in found
+
+
+@pytest.mark.parametrize(
+    "text, leaks",
+    [
+        ("A portrait of a person.", False), ("This is IMG_1234, a person.", True), ("As an AI language model", True),
+        ("<|im_start|> a face", True), ("According to the facts, dark hair", True),
+        ("You never guess who a person is, their name", True), ("img_12345 is another", False),
+    ],
+)  # fmt: skip
+def test_leakage(text, leaks):
+    prompt = load_prompt("caption", "unif2ace.curation")
+    assert (filters.leakage(text, "sub/IMG_1234.jpg", [prompt]) is not None) == leaks
+
+
+def test_questions_asked_before():
+    asked = ["What shade is the hair?"]
+    assert filters.alike("What is the shade? the hair is", asked, 0.8)
+    assert not filters.alike("How bright is the background?", asked, 0.8) and not filters.alike("x?", [], 0.8)
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    for number in range(8):
+        save(folder, f"face{number}.png", picture(bool(number & 1), bool(number & 2), number))
+    return folder
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_face_checks_and_their_reasons(pictures, tmp_path, capsys):
+    save(pictures, "z_black.png", np.zeros((160, 160, 3), np.uint8))
+    save(pictures, "z_two.png", np.concatenate([picture(True, True, 90), picture(True, False, 91)], 1))
+    save(pictures, "z_small.png", picture(True, True, 92)[:100, :100])
+    save(pictures, "z_blur.png", cv2.GaussianBlur(picture(True, True, 93), (0, 0), 20))
+    save(pictures, "z_dark.png", picture(True, True, 94) // 12)
+    save(pictures, "z_white.png", (picture(True, True, 95) // 8 + 222).astype(np.uint8))
+    near = (picture(False, False, 0).astype(int) + 3).clip(0, 255).astype(np.uint8)
+    save(pictures, "z_twin.png", near)
+    shutil.copy(pictures / "face1.png", pictures / "z_copy.png")
+    (pictures / "z_text.png").write_text("no picture")
+    (pictures / "notes.txt").write_text("not looked at")
+    files = picture_files(pictures, 0)
+    config = FacesConfig(blur=1.0, same=0.99)
+    found = check_faces(pictures, files, config, tmp_path / "work")
+    reasons = {each.file: each.reason.partition(":")[0] for each in found}
+    assert list(reasons) == files
+    assert {name: reason for name, reason in reasons.items() if reason} == {
+        "z_black.png": "no face", "z_two.png": "several faces", "z_small.png": "face too small",
+        "z_blur.png": "blurred",
+        "z_dark.png": "too dark", "z_white.png": "too bright", "z_twin.png": "duplicate", "z_copy.png": "duplicate",
+        "z_text.png": "no picture",
+    }  # fmt: skip
+    assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".json"], "no identity vector is left"
+    assert check_faces(pictures, files, config, tmp_path / "work") == found
+    loose = check_faces(pictures, files, replace(config, same=1.0, bystanders=True), tmp_path / "work")
+    assert {each.file for each in loose if not each.reason} == {*files[:8], "z_two.png", "z_twin.png"}
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_face_checks_go_on_after_a_kill(pictures, tmp_path, monkeypatch):
+    from unif2ace.curation import faces
+
+    monkeypatch.setattr(faces, "_CHUNK", 3)
+    files, work, looked = picture_files(pictures, 0), tmp_path / "work", []
+    quiet = faces.quality
+
+    def counted(face):
+        looked.append(1)
+        if len(looked) == 5:
+            raise KeyboardInterrupt
+        return quiet(face)
+
+    monkeypatch.setattr(faces, "quality", counted)
+    with pytest.raises(KeyboardInterrupt):
+        check_faces(pictures, files, FacesConfig(), work)
+    (kept,) = work.glob("*.npz")
+    assert kept.stat().st_mode & 0o077 == 0, "vectors are their owner's"
+    found = check_faces(pictures, files, FacesConfig(), work)
+    assert len(found) == 8 and len(looked) == 5 + 5 and not list(work.glob("*.npz"))
+
+
+def test_quality_of_a_face():
+    sharp, soft = picture(True, True, 0), cv2.GaussianBlur(picture(True, True, 0), (0, 0), 4)
+    assert quality(sharp)["blur"] > 20 * quality(soft)["blur"]
+    assert quality(np.zeros((9, 9, 3), np.uint8)) == {"blur": 0.0, "light": 0.0, "clipped": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+PAIRS = [
+    {"question": "Does the person wear eyeglasses?", "answer": "Yes, they do."},
+    {"question": "What hair colour is it?", "answer": "black"},
+    {"question": "What fills the picture?", "answer": "A texture of squares."},
+]
+
+
+def artist(body):
+    """An endpoint with eyes that is often wrong: it says eyeglasses and black hair of everybody, and mends it."""
+    content = body["messages"][1]["content"]
+    if isinstance(content, list):
+        assert content[0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+        return json.dumps({"caption": "A portrait of a person with eyeglasses and black hair before a plain wall."})
+    if "Measured:" in content:
+        facts = content.partition("Measured: ")[2].partition("\n")[0]
+        return said(json.dumps({"caption": f"A portrait of a person, {facts}, before a plain wall."}), (300, 40))
+    return said("Here you are:\n```json\n" + json.dumps(PAIRS) + "\n```", (200, 60))
+
+
+@pytest.fixture
+def config(pictures, tmp_path):
+    return BuildConfig(
+        out=str(tmp_path / "set"),
+        captioner=EndpointConfig("http://127.0.0.1:9/v1", "artist", vision=True, concurrency=2, image_side=64),
+        images=ImagesConfig(path=str(pictures)),
+        attributes=AttributesConfig(("toy_source:Toy",)),
+        captions=CaptionsConfig(least_facts=1),
+        card=CARD,
+    )
+
+
+def at(config, server, **changes):
+    return replace(config, captioner=replace(config.captioner, url=server.url, known_as="artist", **changes))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_whole_run(config, tmp_path, untrained):
+    from unif2ace.data.encode import EncodingConfig
+
+    with Server(artist) as server:
+        config = replace(at(config, server), encoding=EncodingConfig(str(untrained), frame="square"))
+        report = build(config)
+        asked = len(server.seen)
+        out = tmp_path / "set"
+        first = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        build(config)
+        assert len(server.seen) == asked, "a second run asks nothing"
+    assert {name: (out / name).read_bytes() for name in first} | {"report.json": b""} == first | {"report.json": b""}
+
+    told = {each["image"]: each for each in json.loads(first["faces.json"])}
+    assert len(told) == 8 and report["stages"] == [
+        ["face checks", 8, 8],
+        ["captions", 8, 8],
+        ["questions", 8, 8],
+    ]
+    for number in range(8):
+        record = told[f"face{number}.png"]
+        truth = {"eyeglasses": "yes" if number & 1 else "no", "hair colour": "blond" if number & 2 else "black"}
+        assert record["attributes"] == truth, "what a source is unsure of is not believed"
+        assert filters.told(record["caption"], truth, TRAITS) == set(truth)
+        answers = record["conversations"][1::2]
+        right = [truth["eyeglasses"] == "yes", truth["hair colour"] == "black", True]
+        assert [each["value"] for each in answers] == [pair["answer"] for pair, keep in zip(PAIRS, right) if keep]
+    assert sum(number for stage, _, number in report["dropped"] if stage == "pairs") == 8
+    assert asked == 8 + 6 + 8 and report["endpoints"]["captioner"]["tokens_in"] == 8 * 10 + 6 * 300 + 8 * 200
+
+    card = first["README.md"].decode()
+    for each in (CARD.license, CARD.consent, CARD.source, CARD.contact, "17.7", "about 120 tokens", "toy_source:Toy"):
+        assert each in card
+    assert cv2.imdecode(np.frombuffer(first[PLOT], np.uint8), 1).shape[1] > 800
+    source = open_source(SetConfig(str(out / "faces.json"), images=config.images.path), "set")
+    assert len(source) == 8 and source[0].captions and source[0].conversations
+    assert report["shards"]["samples"] == 8 and list((out / report["shards"]["folder"]).glob("*.tar"))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_only_what_may_leaves_the_machine(config, pictures, monkeypatch):
+    (pictures / "face0.png").rename(pictures / "Jane Doe private.png")
+    monkeypatch.setenv("A_KEY", "sk-secret-0123456789")
+    with Server(artist) as server:
+        build(at(config, server, key="A_KEY"))
+        sent = json.dumps([body for _, body, _ in server.seen])
+    out = Path(config.out)
+    kept = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".png")
+    assert "Jane" not in sent and str(pictures) not in sent and b"sk-secret-0123456789" not in kept
+    for _, body, _ in server.seen:
+        assert set(body) == {"model", "messages", "temperature", "top_p", "max_tokens", "seed"}
+        for message in body["messages"]:
+            parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+            numbers = [word for part in parts for word in part.get("text", "").split() if word[:3] in ("0.0", "-0.")]
+            assert not numbers
+    assert not list(out.rglob("*.npz"))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_what_fails_is_quarantined_reported_and_leaves_the_rest(config):
+    def answer(body):
+        content = body["messages"][1]["content"]
+        if not isinstance(content, list) and "Measured:" in content and "no eyeglasses" in content:
+            return json.dumps({"caption": "A portrait of a person with eyeglasses, whatever you say."})
+        return artist(body)
+
+    with Server(answer) as server:
+        report = build(at(config, server))
+    out = Path(config.out)
+    told = json.loads((out / "faces.json").read_text())
+    assert {each["attributes"]["eyeglasses"] for each in told} == {"yes"} and len(told) == 4
+    lost = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+    assert len(lost) == 4 and all("eyeglasses is yes, but it is no" in each["reason"] for each in lost)
+    quarantine = (out / "work" / "captioner" / "quarantine.jsonl").read_text().splitlines()
+    assert len(quarantine) == 4 and report["endpoints"]["captioner"]["quarantined"] == 4
+    assert ["captions", 8, 4] in report["stages"]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_an_endpoint_that_ends_midway_is_gone_on_with(config):
+    Toy.calls = 0
+    with Server(artist) as server:
+        small = at(config, server, budget_tokens=4_000, concurrency=1)
+        with pytest.raises(BudgetSpent, match="run it again to go on"):
+            build(small)
+        asked = len(server.seen)
+        assert 3 < asked < 22 and not (Path(config.out) / "faces.json").exists()
+        build(at(config, server, concurrency=1))
+        assert len(server.seen) == 22 and Toy.calls == 8, "nothing is asked, and nothing read, twice"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_captioner_without_eyes_is_told_attributes(config):
+    def answer(body):
+        content = body["messages"][-1]["content"]
+        assert isinstance(content, str)
+        if content.startswith("List: "):
+            return f"A portrait of a person with {content.removeprefix('List: ')}."
+        value, topic = content.removeprefix("Answer: ").removesuffix(".").split(". Topic: ")
+        return f"Q: What about the {topic}? A: {value}"
+
+    with Server(answer) as server:
+        blind = replace(
+            at(config, server, vision=False, mend=False),
+            captions=CaptionsConfig(facts=2, least_facts=2, shortest=5),
+            questions=QuestionsConfig(prompt="question-lines", facts=1, count=2, apart=True, unsupported=False),
+        )
+        report = build(blind)
+        assert len(server.seen) == 8 + 16
+    told = json.loads((Path(config.out) / "faces.json").read_text())
+    assert len(told) == 8 and report["pairs"] == 16 and not report["vision"]
+    assert {each["value"] for record in told for each in record["conversations"][1::2]} == {
+        "yes",
+        "no",
+        "black",
+        "blond",
+    }
+    assert "sees no picture" in (Path(config.out) / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("field", ["license", "consent", "source", "contact"])
+@pytest.mark.parametrize("value", ["", " ", "TODO", "unknown"])
+def test_no_set_without_licence_and_consent(config, field, value, tmp_path):
+    with pytest.raises(UserError, match=f"card.{field}: it must be filled"):
+        build(replace(config, card=replace(CARD, **{field: value})))
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"images": ImagesConfig()}, "images: expected one of path, faces and synthetic, got none"),
+        ({"images": ImagesConfig(path="a", synthetic=3)}, "got path, synthetic"),
+        ({"faces": FacesConfig(same=2.0)}, "faces.same"),
+        ({"attributes": AttributesConfig(least=2.0)}, "attributes.least"),
+        ({"captioner": EndpointConfig("http://127.0.0.1:9/v1", "m"), "attributes": AttributesConfig()},
+         "attributes.sources: expected one"),
+        ({"questions": QuestionsConfig(apart=True)}, "questions.facts"),
+        ({"writer": EndpointConfig("http://far.org/v1", "m")}, "writer.url: http to far.org"),
+    ],
+)  # fmt: skip
+def test_configs_that_are_not_possible(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        build(replace(config, **changes))
+
+
+def test_sources_that_are_not_there():
+    for name, message in (("measured", "measured:FACES.npz"), ("nothing:here", "expected measured"), ("json:no", "no")):
+        with pytest.raises(UserError, match=message):
+            attribute_source(name, None)
+
+
+def test_the_command_names_what_is_missing(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("out: x\ncaptioner: {url: 'https://x/v1', model: m, vision: true}\n")
+    assert main(["build-dataset", str(tmp_path / "c.yaml"), f"--images.path={tmp_path}"]) == 1
+    assert "card.license: it must be filled" in capsys.readouterr().err
+    assert main(["build-dataset", str(tmp_path / "c.yaml"), "--captioner.modle=n"]) == 1
+    assert "captioner.modle: there is no such key; did you mean model?" in capsys.readouterr().err
