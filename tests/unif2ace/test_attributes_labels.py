@@ -161,6 +161,13 @@ def test_csv_with_labels_categories_and_own_columns(tmp_path) -> None:
     assert list(some.categories) == ["clothes", "hat"] and answers(some) == {"hat": "yes", "clothes": "dark"}
 
 
+def test_no_known_colour_is_another_colour_only_where_all_are_known(tmp_path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("image,Black_Hair,Brown_Hair\na,0,0\nb,0,\nc,,1\n")
+    labels = read(path)
+    assert [answers(labels, row).get("hair colour") for row in range(3)] == ["other", None, "brown"]
+
+
 def test_minus_one_means_what_is_said(tmp_path) -> None:
     path = tmp_path / "labels.jsonl"
     path.write_text('{"name": "a", "Male": -1, "who": 3}\n\n{"name": "b", "Male": 1, "who": 4}\n')
