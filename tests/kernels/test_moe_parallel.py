@@ -463,19 +463,12 @@ def _checks():
 CHECKS = _checks()
 
 
-@pytest.fixture(scope="module")
-def outcome():
-    sizes = sorted({size for _, size, _ in CHECKS})
-    return {
-        name: error
-        for size in sizes
-        for name, error in ranks.run(size, [(name, check) for name, wanted, check in CHECKS if wanted == size]).items()
-    }
-
-
-@pytest.mark.parametrize("name", [name for name, *_ in CHECKS])
-def test_on_ranks(outcome, name):
-    assert not outcome[name], outcome[name]
+@pytest.mark.parametrize("size", sorted({size for _, size, _ in CHECKS}))
+def test_on_ranks(size):
+    """All checks of so many ranks, in one start of the processes."""
+    found = ranks.run(size, [(name, check) for name, wanted, check in CHECKS if wanted == size])
+    wrong = {name: error for name, error in found.items() if error}
+    assert not wrong, "\n".join(f"{name}:\n{error}" for name, error in wrong.items())
 
 
 @pytest.mark.parametrize(("total", "ranks_"), [(8, 2), (5, 2), (7, 3), (4, 3), (2, 3), (1, 3), (5, 4)])

@@ -137,14 +137,10 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def outcome():
-    return ranks.run(2, CHECKS, ["unif2ace.model.modeling"])
-
-
-@pytest.mark.parametrize("name", [name for name, _ in CHECKS])
-def test_bytes_are_those_that_two_processes_send(outcome, name):
-    assert not outcome[name], outcome[name]
+def test_bytes_are_those_that_two_processes_send():
+    found = ranks.run(2, CHECKS, ["unif2ace.model.modeling"])
+    wrong = {name: error for name, error in found.items() if error}
+    assert not wrong, "\n".join(f"{name}:\n{error}" for name, error in wrong.items())
 
 
 @pytest.mark.parametrize(("experts", "top_k", "shared"), [((4, 4), 2, 0), ((8, 4), 3, 1), ((5, 6), 2, 2)])
