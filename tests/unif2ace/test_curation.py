@@ -397,11 +397,13 @@ def test_no_set_without_licence_and_consent(config, field, value, tmp_path):
          "attributes.sources: expected one"),
         ({"questions": QuestionsConfig(apart=True)}, "questions.facts"),
         ({"writer": EndpointConfig("http://far.org/v1", "m")}, "writer.url: http to far.org"),
+        ({"writer": EndpointConfig("https://far.org/v1", "m", key="NO_KEY")}, "writer.key: .*'NO_KEY' is not set"),
     ],
 )  # fmt: skip
 def test_configs_that_are_not_possible(config, changes, message):
     with pytest.raises(UserError, match=message):
         build(replace(config, **changes))
+    assert not Path(config.out).exists(), "before any work"
 
 
 def test_sources_that_are_not_there():

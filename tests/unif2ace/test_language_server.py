@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
 from unif2ace.endpoint import Endpoint, EndpointConfig, Question, load_prompt
-from unif2ace.endpoint.language import PACKAGED, Language, Order, _common, _draw
+from unif2ace.endpoint.language import PACKAGED, REQUIREMENT, Language, Order, _common, _draw
 from unif2ace.endpoint.serving import LanguageServer
 from unif2ace.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] not in ['system', 'user', 'assistant'] %}{{ raise_exception('who?') }}"
     "{% endif %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}<a>"
@@ -48,7 +51,8 @@ def order(text, **options):
 
 
 ORDERS = [
-    order("w1 w2 w3", max_tokens=9), order("w1", max_tokens=20), order("w5 w6 w7 w8 w9", temperature=1.0, seed=3, max_tokens=40),
+    order("w1 w2 w3", max_tokens=9), order("w1", max_tokens=20),
+    order("w5 w6 w7 w8 w9", temperature=1.0, seed=3, max_tokens=40),
     order("w4", temperature=0.7, top_p=0.8, seed=4, max_tokens=30), order("w1 w2", max_tokens=1),
 ]  # fmt: skip
 
@@ -165,6 +169,12 @@ def test_a_model_that_is_not_there(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="cannot be loaded"):
         Language(str(tmp_path))
+
+
+def test_the_package_that_is_named_is_the_one_that_is_pinned_by_its_sum():
+    text = (ROOT / "requirements-language.txt").read_text()
+    (line,) = re.findall(r"^([^#\s]\S*) --hash=sha256:[0-9a-f]{64}$", text, re.M)
+    assert line == REQUIREMENT and line in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 @pytest.mark.slow

@@ -103,7 +103,11 @@ def statistics(records: Sequence[Record], lexicon: Lexicon) -> dict[str, Any]:
         "pairs_per_face": [len(each.pairs) for each in records],
         "different_captions": len({each.caption for each in records}) / max(1, len(records)),
         "different_questions": len(set(questions)) / max(1, len(questions)),
-        "balance": {name: dict(counts.most_common()) for name, counts in balance.items() if counts},
+        "balance": {
+            name: {value: counts[value] for value in lexicon.categories[name] if counts[value]}
+            for name, counts in balance.items()
+            if counts
+        },
     }
 
 
@@ -155,6 +159,7 @@ def _plot(figures: Mapping[str, Any], path: Path) -> None:
     """Tokens and attributes of captions, and the balance of attributes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     balance: dict[str, dict[str, int]] = figures["balance"]
     figure = Figure(figsize=(11, 3.4 + 0.32 * len(balance)), layout="constrained")
@@ -167,11 +172,12 @@ def _plot(figures: Mapping[str, Any], path: Path) -> None:
         )
     ):
         axes, values = figure.add_subplot(grid[0, place]), figures[name] or [0]
-        width = max(1, (max(values) - min(values)) // 30)
+        width = max(1, (max(values) - min(values)) // 20)
         axes.hist(values, bins=range(min(values), max(values) + 2 * width, width), color="#4878a8", align="left")
         axes.axvline(mean(values), color="#1b3a57", label=f"mean {mean(values):.1f}")
         axes.axvline(paper, color="#b04a3a", linestyle="--", label=f"UniF2aceD-1M {paper}")
         axes.set(xlabel=label, ylabel="faces")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
     axes = figure.add_subplot(grid[1, :])
     for row, counts in enumerate(balance.values()):

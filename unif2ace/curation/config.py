@@ -181,9 +181,9 @@ class BuildConfig:
             raise UserError("questions.facts: expected at least 1 where questions.apart is true")
         if self.questions.count < 0 or self.captions.facts < 0 or self.questions.facts < 0:
             raise UserError("questions.count, captions.facts and questions.facts: expected at least 0")
-        self.captioner.check("captioner")
+        self.captioner.check("captioner").secret("captioner")
         if self.writer is not None:
-            self.writer.check("writer")
+            self.writer.check("writer").secret("writer")
         if not self.captioner.vision and not self.attributes.sources:
             raise UserError(
                 "captioner.vision is false, so that captions are made of attributes: attributes.sources: expected one"
