@@ -171,10 +171,11 @@ def test_spread_and_relative_error() -> None:
     assert relative_error(torch.tensor([3.0, 4.5]), truth) == pytest.approx(0.1)
     assert relative_error(torch.tensor([3.0, math.inf]), truth) == math.inf
     assert relative_error(torch.tensor([3.0, 4.0, 0.0]), truth) == math.inf
-    long = torch.ones(2, 100_000, dtype=torch.float64)  # in parts, and not as it lies in memory
+    long = torch.arange(200_000.0, dtype=torch.float64).view(2, -1)  # in parts, and not as it lies in memory
     other = long.t().contiguous().t().float()
-    other[1, -1] = 101.0
-    assert relative_error(other, long) == pytest.approx(100 / math.sqrt(200_000))
+    other[0, 0] += 1e7
+    other[1, -1] += 1e7
+    assert relative_error(other, long) == pytest.approx(2**0.5 * 1e7 / long.norm().item())
     assert relative_error(torch.tensor(0.5), torch.tensor(0.0, dtype=torch.float64)) == 0.5
 
 
