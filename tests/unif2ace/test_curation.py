@@ -27,7 +27,7 @@ from unif2ace.curation.config import (
     ImagesConfig,
     QuestionsConfig,
 )
-from unif2ace.curation.faces import check_faces, picture_files, quality
+from unif2ace.curation.faces import check_faces, picture_files, quality, repeated
 from unif2ace.curation.lexicon import Lexicon
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.config import SetConfig
@@ -209,6 +209,19 @@ def test_face_checks_go_on_after_a_kill(pictures, tmp_path, monkeypatch):
     assert kept.stat().st_mode & 0o077 == 0, "vectors are their owner's"
     found = check_faces(pictures, files, FacesConfig(), work)
     assert len(found) == 8 and len(looked) == 5 + 5 and not list(work.glob("*.npz"))
+
+
+@pytest.mark.parametrize("same", [-1.0, 0.2, 0.5, 0.9])
+def test_repeated_vectors_are_those_of_the_definition(monkeypatch, same):
+    monkeypatch.setattr("unif2ace.curation.faces._BLOCK", 7)
+    vectors = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    vectors[30:40] = vectors[:10] + 0.05
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    kept: list[int] = []
+    for row in range(60):
+        if not any(vectors[row] @ vectors[other] >= same for other in kept):
+            kept.append(row)
+    assert np.flatnonzero(~repeated(vectors, same)).tolist() == kept and 0 < len(kept) < 60
 
 
 def test_quality_of_a_face():

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -26,6 +26,7 @@ from unif2ace.pictures import decode
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _CHUNK = 128
+_BLOCK = 1024
 _SIDE = 112  # at which a face's sharpness is measured
 _EYES = float(FRAME[1, 0] - FRAME[0, 0])  # distance in a frame of side 1
 
@@ -177,29 +178,29 @@ def _fault(measures: dict[str, float], config: FacesConfig) -> str:
 
 def _without_duplicates(faces: list[Face], vectors: np.ndarray, same: float) -> list[Face]:
     """Of pictures whose vectors are within `same` of an earlier kept one's, or whose files are equal, the first."""
-    rows = iter(range(len(vectors)))
-    kept: list[int] = []
+    good = [face for face in faces if not face.reason]
+    twins = repeated(vectors, same) if same < 1 else np.zeros(len(good), bool)
     seen: set[str] = set()
-    known = np.zeros((len(vectors), vectors.shape[1]), np.float32)
-    told = []
-    for face in faces:
-        if face.reason:
-            told.append(face)
-            continue
-        row = next(rows)
-        likeness = known[: len(kept)] @ vectors[row] if kept else np.zeros(0)
-        twin = face.id in seen or (same < 1 and bool((likeness >= same).any()))
-        if twin:
-            told.append(Face(face.id, face.file, face.landmarks, "duplicate", face.measures))
-            continue
-        known[len(kept)] = vectors[row]
-        kept.append(row)
+    fallen = set()
+    for face, twin in zip(good, twins):
+        if twin or face.id in seen:
+            fallen.add(face.file)
         seen.add(face.id)
-        told.append(face)
-    return told
+    return [replace(face, reason="duplicate") if face.file in fallen else face for face in faces]
 
 
-def in_batches(faces: Sequence[Face], size: int) -> Iterator[Sequence[Face]]:
-    """So many at once."""
-    for start in range(0, len(faces), size):
-        yield faces[start : start + size]
+def repeated(vectors: np.ndarray, same: float) -> np.ndarray:
+    """Which of the unit vectors [N, C] have a cosine of `same` or more with an earlier one that is kept: [N] bool."""
+    twin = np.zeros(len(vectors), bool)
+    kept = np.empty_like(vectors)
+    count = 0
+    for start in range(0, len(vectors), _BLOCK):  # products of matrices: a vector at a time is bound by memory
+        block = vectors[start : start + _BLOCK]
+        earlier = (kept[:count] @ block.T >= same).any(0)
+        within = np.tril(block @ block.T >= same, -1)
+        for row in range(len(block)):
+            twin[start + row] = earlier[row] or bool((within[row, :row] & ~twin[start : start + row]).any())
+        fresh = block[~twin[start : start + len(block)]]
+        kept[count : count + len(fresh)] = fresh
+        count += len(fresh)
+    return twin
