@@ -9,6 +9,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -284,6 +285,14 @@ def test_a_plain_face() -> None:
 )
 def test_each_rule(more, category, value) -> None:
     assert said(*face(**more)).get(category) == value
+
+
+def test_a_face_without_detail_is_not_said_to_wear_no_glasses() -> None:
+    parts, image = face()
+    blurred = cv2.GaussianBlur(image, (0, 0), 4)
+    assert said(parts, blurred).items() == {k: v for k, v in said(parts, image).items() if "glasses" not in k}.items()
+    parts, image = face(glasses=(118, 140, 76, 180))
+    assert said(parts, cv2.GaussianBlur(image, (0, 0), 4))["eyeglasses"] == "yes"
 
 
 def test_a_bald_head() -> None:

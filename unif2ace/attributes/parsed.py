@@ -3,7 +3,8 @@
 Every area is a share of the face's own (skin, brows, eyes, glasses, nose, mouth), so that it does not hang on how large
 the face is. Each rule has a zone between yes and no where it is silent. The cuts were set on 48 synthetic faces.
 
-    eyeglasses    glasses >= .05, not dark: yes; <= .002: no. Frames without rims are overlooked.
+    eyeglasses    glasses >= .05, not dark: yes; <= .002: no, where the picture has detail enough to show them: a face
+                  enlarged from 64 pixels has not. Frames without rims are overlooked.
     sunglasses    the same, with lenses less than half as light as the skin; never both
     hat           hat >= .3: yes; <= .01: no. Black caps pass for hair, towels and hoods for hats.
     earrings      earrings >= .001: yes; never no: studs are too small to be seen
@@ -19,7 +20,8 @@ the face is. Each rule has a zone between yes and no where it is silent. The cut
 The probability of an answer is the share of right ones among those on 40 other synthetic faces of 512 pixels, read by
 eye: (right + 1) / (read + 2), so 1/2 for what none of them had. 279 of 293 answers were right. It is of these pictures,
 frontal and well lit; on others it is a guess. The same faces shrunk to 64 pixels and enlarged again gave the same
-answers but one, of those that were given; earrings were gone.
+answers but one, of those that were given; earrings were gone. On 16 of the demo's own faces, which are smoothed, three
+pairs of glasses of three were overlooked: hence the rule on detail.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ _FACE = tuple(
 _BROWS, _EYES = (PART["left_brow"], PART["right_brow"]), (PART["left_eye"], PART["right_eye"], PART["glasses"])
 _AREAS = ("glasses", "hat", "earring", "necklace", "hair", "inner_mouth")
 _SMALLEST_FACE = 0.04  # of the picture; with less there is no face to speak of
+_DETAIL = 25.0  # a face of 512 pixels shrunk to 128 has 32 to 95, to 96 pixels 15 to 42, to 64 pixels at most 15
 _FEW = 50  # pixels, of which a colour is not told
 
 
@@ -57,6 +60,7 @@ class Measures(NamedTuple):
         below: hair below the chin and near the face.
         forehead: skin above the brows in the face's middle, of the distance from chin to brows.
         lens: lightness of the glasses by that of the skin.
+        detail: variance of the light's Laplacian in the face, lightness in [0, 255].
         colour: CIELAB of the hair, its median.
     """
 
@@ -70,6 +74,7 @@ class Measures(NamedTuple):
     below: float
     forehead: float
     lens: float
+    detail: float
     colour: tuple[float, float, float]
 
 
@@ -103,6 +108,7 @@ def measure(parts: np.ndarray, image: np.ndarray) -> Measures | None:
         below=float(hair[chin:, near].sum() / face.sum()),
         forehead=forehead,
         lens=float(lens),
+        detail=float(cv2.Laplacian(lab[..., 0] * 2.55, cv2.CV_32F)[face].var()),
         colour=(float(colour[0]), float(colour[1]), float(colour[2])),
     )
 
@@ -121,7 +127,7 @@ def read(m: Measures) -> dict[str, str]:
         found["bangs"] = YES if m.forehead <= 0.15 else NO if m.forehead >= 0.4 else None
     if m.lips >= 0.005:
         found["mouth open"] = _between(m.inner_mouth, 0.005, 0.0005)
-    if m.glasses <= 0.002:
+    if m.glasses <= 0.002 and m.detail >= _DETAIL:
         found["eyeglasses"] = found["sunglasses"] = NO
     elif m.glasses >= 0.05:
         found["sunglasses"] = YES if m.lens <= 0.5 else NO if m.lens >= 0.6 else None
