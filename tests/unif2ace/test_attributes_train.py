@@ -118,6 +118,19 @@ def test_a_head_learns_and_stops() -> None:
     assert len(losses) < 100 and np.argmin(validation) == len(losses) - 6  # patience of 5 after the best
 
 
+def test_the_best_epoch_is_kept() -> None:
+    x, values = toy(400)
+    parts = fit.split([str(row) for row in range(len(x))], 0.3, 0.2)
+    made = head.AttributeHead(x.shape[1], CATEGORIES)
+    losses = fit.fit(made, x, values, parts, fit.FitConfig(rate=0.2, decay=0, epochs=30, patience=8, balance=5.0))
+    best = min(each for _, each in losses)
+    assert losses[-1][1] > 1.01 * best
+    held, weights = parts == fit.VALIDATION, fit.class_weights(values[parts == fit.TRAIN], made.sizes, 5.0)
+    with torch.no_grad():
+        kept = fit.loss(made(x[held]), torch.from_numpy(values[held]).long(), weights)
+    assert kept.item() == pytest.approx(best, rel=1e-5)
+
+
 def test_a_head_is_calibrated_though_its_classes_were_weighed() -> None:
     made, x, values, _ = fitted(share=0.08, balance=20.0)
     calibrated = made.probabilities(x)[0].numpy()
@@ -262,6 +275,7 @@ def test_the_page_shows_every_category(trained, tmp_path) -> None:
     found = {**found, "noticed": ["<b>: left out"]}
     report.write(tmp_path, found)
     text = (tmp_path / report.PAGE).read_text()
+    assert "120 people, nobody on two sides" in text
     assert all(name in text for name in found["categories"]) and "&lt;b&gt;: left out" in text
     assert (tmp_path / report.PICTURE).stat().st_size > 1000 and (tmp_path / report.LOSSES).exists()
     lines = report.lines(found)

@@ -18,7 +18,7 @@ from unif2ace.attributes.head import AttributeHead
 from unif2ace.attributes.labels import MISSING
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
-PARTS = ("train", "validation", "test")
+PARTS = ("train", "validate", "test")
 _PULL = 1e-3  # of the calibration towards none: the bias of a value that no face shows would run away
 
 

@@ -53,7 +53,7 @@ def _page(report: dict[str, Any]) -> str:
                 html.escape(name) + ("" if each["told"] else " <span class='wrong'>*</span>"),
                 counts,
                 f"{each['accuracy']:.3f}",
-                " to ".join(f"{bound:.3f}" for bound in each["interval"]),
+                "&nbsp;to&nbsp;".join(f"{bound:.3f}" for bound in each["interval"]),
                 f"{each['majority']:.3f}",
                 f"{each['balanced']:.3f}",
                 f"{each['chance']:.3f}",
@@ -65,11 +65,13 @@ def _page(report: dict[str, Any]) -> str:
             ]
         )
     noticed = "".join(f"<li>{html.escape(line)}</li>" for line in report["noticed"])
-    sides = ", ".join(f"{faces[part]} faces of {people[part]} people to {part}" for part in faces)
+    sides = ", ".join(f"{count} faces to {part}" for part, count in faces.items())
+    several = sum(people.values()) < sum(faces.values())
+    whose = f"{sum(people.values())} people, nobody on two sides" if several else "each counted as a person of its own"
     return page(
         "Attribute head",
         f"<h1>Attribute head</h1><p>Features: {html.escape(config['features'])}. Labels: "
-        f"{html.escape(Path(config['labels']['path']).name)}. {sides.capitalize()}; nobody is on two sides. "
+        f"{html.escape(Path(config['labels']['path']).name)}. {sides}; {whose}. "
         f"Best epoch: {report['best_epoch'] + 1} of {report['epochs']}.</p>{table(rows)}"
         f"<p>Measured on the faces to test with. Balanced: the mean of each value's recall. An answer is given where "
         f"it is at least {config['confidence']:.0%} likely. * not better than chance by two standard errors: never "
