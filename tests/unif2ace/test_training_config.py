@@ -54,6 +54,7 @@ def changed(values: dict, key: str, value) -> dict:
         ("parallel.checkpointing", "all", "parallel.checkpointing", "none, block"),
         ("parallel.micro", 0, "parallel.micro", "at least 1"),
         ("parallel.experts", 0, "parallel.experts", "at least 1"),
+        ("parallel.sharded", -1, "parallel.sharded", "at least 0"),
         ("parallel.threads", -1, "parallel.threads", "at least 0"),
         ("parallel.timeout", 0.0, "parallel.timeout", "above 0"),
         ("save.every", 0, "save.every", "at least 1"),
@@ -94,6 +95,7 @@ def test_a_stage_puts_its_keys_over_the_runs(prepared):
     ("ranks", "parallel", "message"),
     [
         (3, {"experts": 2}, "parallel.experts: expected a divisor of the 3 ranks, got 2"),
+        (4, {"sharded": 3}, "parallel.sharded: expected a divisor of the 4 ranks, got 3"),
         (5, {}, "stages[0].data.batch: 8 rows are {'t2i': 4, 'mmu': 4, 'lm': 0} a step, too few for 5 ranks"),
         (2, {"micro": 3}, "too few for 2 ranks with 3 micro-batches each"),
     ],

@@ -34,7 +34,10 @@ def alone(prepared):
     [
         ("sharded", 2, {}),
         ("spread", 2, {"experts": 2}),
+        ("again", 2, {"experts": 2, "checkpointing": "block"}),
+        ("copied", 2, {"sharded": 1}),
         pytest.param("both", 4, {"experts": 2}, marks=pytest.mark.slow),
+        pytest.param("all", 4, {"experts": 2, "sharded": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_compute_what_one_does(prepared, alone, name, ranks, parallel):
@@ -50,7 +53,7 @@ def test_ranks_compute_what_one_does(prepared, alone, name, ranks, parallel):
         assert ours["tokens"] == theirs["tokens"]
         assert [each["counts"] for each in ours.get("experts", [])] == [e["counts"] for e in theirs.get("experts", [])]
     for key, value in weights.items():
-        scale = max(float(value.abs().max()), 1e-2)
+        scale = max(float(value.abs().max()), 0.05)  # what AdamW moves a weight by whose gradient is rounding alone
         assert float((after[key] - value).abs().max()) <= WEIGHT * scale, key
 
 
@@ -64,3 +67,16 @@ def test_sharding_over_one_rank_changes_nothing(tmp_path, precision):
     sharded = runs.train(config, f"--run={tmp_path / 'sharded'}", hook="training_hooks:sharded_alone")
     for ours, theirs in zip(sharded, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS if precision == "float32" else 0.02)
+
+
+def test_parts_of_a_step_add_up_to_it(prepared, alone):
+    """Micro-batches, on one rank and on two: the same terms; each has its own f in the balance loss."""
+    stages = [{"name": "joint", "steps": 2, "lr": 1e-3, "warmup": 2}]
+    for ranks in (1, 2):
+        parallel = {"micro": 4 // ranks}
+        first = steps(prepared, f"micro{ranks}", ranks, parallel=parallel, stages=stages)[0][0]
+        expected = alone[0][0]
+        for name in ("mask", "score", "mmu", "lm", "mask_accuracy", "mmu_accuracy"):
+            assert first["terms"][name] == pytest.approx(expected["terms"][name], rel=LOSS, abs=1e-6), name
+        assert first["terms"]["balance"] == pytest.approx(expected["terms"]["balance"], rel=0.2)
+        assert first["tokens"] == expected["tokens"]

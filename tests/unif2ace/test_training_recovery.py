@@ -216,3 +216,25 @@ def test_data_that_cannot_be_read_stops_all_ranks_with_the_files_name(prepared):
         assert ranks.wait() == [1, 1], ranks.said
         told = [line for line in ranks.said.splitlines() if line.startswith("unif2ace: ")]
     assert len(told) == 1 and "data.max_corrupt allows 3" in told[0] and shard.name in told[0], told
+
+
+def test_samples_on_the_way_change_nothing(prepared, undisturbed):
+    folder, config = prepared
+    run = folder / "sampled"
+    asked = [f"--run={run}", "--watch.samples_every=8", "--watch.prompts=[a face]", "--watch.questions=['who is it ?']"]
+    runs.train(config, *asked)
+    same_run(run, undisturbed)
+    taken = sorted((run / "samples").iterdir())
+    assert [each.name for each in taken] == ["step-00000008", "step-00000016", "step-00000024"]
+    first, second = (json.loads((each / "samples.json").read_text()) for each in taken[:2])
+    assert first["prompts"] == ["a face"] and {answer["question"] for answer in second["answers"]} == {"who is it ?"}
+    assert (taken[0] / "faces.png").read_bytes() == (taken[1] / "faces.png").read_bytes()
+
+
+def test_a_prompt_that_is_too_long_is_told_before_the_first_step(prepared):
+    folder, config = prepared
+    long = ["--watch.samples_every=8", f"--watch.prompts=[{'a very ' * 30} face]"]
+    with runs.Ranks(config, f"--run={folder / 'long'}", *long, ranks=2) as ranks:
+        assert ranks.wait() == [1, 1]
+        assert ranks.said.count("watch.prompts[0]: ") == 1 and "Traceback" not in ranks.said
+    assert not runs.records(folder / "long")

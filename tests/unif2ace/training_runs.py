@@ -175,7 +175,7 @@ def train(config: Path, *given: str, ranks: int = 1, hook: str | None = None) ->
     """A run to its end; its steps' records."""
     with Ranks(config, *given, ranks=ranks, hook=hook) as processes:
         codes = processes.wait()
-        assert codes == [0] * ranks, (codes, processes.said)
+        assert codes == [0] * ranks, f"{codes}: {processes.said[-2000:]}"
     return records(folder_of(config, *given))
 
 

@@ -96,6 +96,8 @@ class ParallelConfig:
         device: auto takes CUDA where there is some.
         precision: bf16 computes with bfloat16 copies of float32 masters; gradients are added up in float32.
         micro: batches of a step that a rank computes one after another, to need less memory.
+        sharded: ranks over which weights, moments and gradients are sharded, where sets of so many hold copies of one
+            another; 0: all. Best the GPUs of one machine, where there are hundreds.
         experts: ranks over which the token-level experts are spread; 1: every rank has all of them.
         checkpointing: block keeps a layer's input alone and runs it again in the backward.
         threads: of a rank on a CPU; 0: torch's own choice.
@@ -105,6 +107,7 @@ class ParallelConfig:
     device: str = "auto"
     precision: str = "bf16"
     micro: int = 1
+    sharded: int = 0
     experts: int = 1
     checkpointing: str = "none"
     threads: int = 0
@@ -206,7 +209,8 @@ class TrainConfig:
             need(getattr(self.parallel, key) in choices, f"parallel.{key}", f"one of {', '.join(choices)}")
         for key in ("micro", "experts"):
             need(getattr(self.parallel, key) >= 1, f"parallel.{key}", "at least 1")
-        need(self.parallel.threads >= 0, "parallel.threads", "at least 0")
+        for key in ("threads", "sharded"):
+            need(getattr(self.parallel, key) >= 0, f"parallel.{key}", "at least 0")
         need(self.parallel.timeout > 0, "parallel.timeout", "minutes above 0")
         need(self.save.every >= 1, "save.every", "at least 1")
         need(self.save.minutes >= 0, "save.minutes", "at least 0")
@@ -225,8 +229,9 @@ class TrainConfig:
         Raises:
             UserError: the message names the key.
         """
-        if ranks % self.parallel.experts:
-            raise UserError(f"parallel.experts: expected a divisor of the {ranks} ranks, got {self.parallel.experts}")
+        for key, value in (("experts", self.parallel.experts), ("sharded", self.parallel.sharded or ranks)):
+            if ranks % value:
+                raise UserError(f"parallel.{key}: expected a divisor of the {ranks} ranks, got {value}")
         for index, stage in enumerate(self.stages):
             counts, parts = stage.data.counts, ranks * self.parallel.micro
             if 0 < counts["t2i"] + counts["mmu"] and max(counts["t2i"], counts["mmu"]) < parts:

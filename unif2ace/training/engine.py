@@ -105,9 +105,10 @@ class Run:
         stage = Stage(self.config, index, self.world, start)
         if self.state is not None:
             self.world.together(lambda: stage.restore(self.saved, self.state))  # type: ignore[arg-type]
-        elif self.world.rank == 0:
-            watch = self.config.watch
-            samples.check(watch.prompts, watch.questions, start.text_tokenizer, stage.model.config, "watch")
+        watch = self.config.watch
+        self.world.together(
+            lambda: samples.check(watch.prompts, watch.questions, start.text_tokenizer, stage.model.config, "watch")
+        )
         until = stage.first + stage.stage.steps
         self._event("stage", stage.stream.step, stage=stage.stage.name, steps=stage.stage.steps)
         began = saved_at = time.monotonic()
@@ -130,7 +131,7 @@ class Run:
                 stage.seconds += seconds
                 step += 1
                 self._record(stage, work, done, seconds)
-                self._sample(stage, work, start, step)
+                self._sample(stage, start, step)
                 self.saved.poll()
         except UserError:
             if step != self._at() and not self.saved.failed:
@@ -183,12 +184,13 @@ class Run:
                 f"last, step {work.step}, is described in {path}; a lower learning rate may help"
             )
 
-    def _sample(self, stage: Stage, work: Work, start: Checkpoint, done: int) -> None:
+    def _sample(self, stage: Stage, start: Checkpoint, done: int) -> None:
         watch = self.config.watch
         if not watch.samples_after(done):
             return
         if self.faces is None:
-            found: list[Faces | None] = [samples.faces_of(work.batches[0], stage.model.config, _ASKED)]
+            first = stage.stream.make(stage.first).batches[0]  # whenever the run is gone on with, the same faces
+            found: list[Faces | None] = [samples.faces_of(first, stage.model.config, _ASKED)]
             dist.broadcast_object_list(found, src=0, group=self.world.host)
             self.faces = found[0]
         folder = samples.folder_of(self.config.folder, done)

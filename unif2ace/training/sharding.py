@@ -1,6 +1,7 @@
 """A model over the ranks: FSDP2 for all of it, but for the experts where these are spread over ranks by themselves.
 
-    parameters           sharded over all ranks (`fully_shard`, a layer at a time), gathered where they are used
+    parameters           sharded over all ranks (`fully_shard`, a layer at a time), gathered where they are used; or
+                         over sets of `sharded` ranks, which hold copies of one another (HSDP)
     experts, spread      rank r of each group of `experts` ranks holds the r-th slice of every layer's experts, and the
                          tokens come to them; groups hold copies of one another
     image tokenizer      whole on every rank: training does not run it
@@ -23,6 +24,7 @@ from unif2ace.training.config import ParallelConfig
 from unif2ace.training.world import World
 from unif2ace_kernels import moe
 
+_COPIES = "copies"  # the dimension of a mesh along which spread experts are repeated
 _EXPERTS = ("experts_w_in", "experts_b_in", "experts_w_out", "experts_b_out")
 
 
@@ -44,7 +46,10 @@ def spread(model: UniF2aceForConditionalGeneration, world: World, config: Parall
     """As `shard`, over one rank too."""
     kind = world.device.type
     own = spread_experts(model, world, config.experts) if config.experts > 1 else set()
-    mesh = init_device_mesh(kind, (world.ranks,))
+    within = config.sharded or world.ranks
+    sizes, names = ((world.ranks // within, within), ("sets", "shards"))
+    dims = slice(within == world.ranks, 2)  # one set needs one dimension
+    mesh = init_device_mesh(kind, sizes[dims], mesh_dim_names=names[dims])
     images = set() if model.image_tokenizer is None else set(model.image_tokenizer.parameters())
     if model.image_tokenizer is not None:
         model.image_tokenizer.to(world.device)
@@ -60,7 +65,7 @@ def spread(model: UniF2aceForConditionalGeneration, world: World, config: Parall
 
 def spread_experts(model: nn.Module, world: World, ranks: int) -> set[nn.Parameter]:
     """Keep this rank's slice of each mixture's experts; the parameters that are left."""
-    mesh = init_device_mesh(world.device.type, (world.ranks // ranks, ranks), mesh_dim_names=("copies", "experts"))
+    mesh = init_device_mesh(world.device.type, (world.ranks // ranks, ranks), mesh_dim_names=(_COPIES, "experts"))
     mine = mesh.get_local_rank("experts")
     kept: set[nn.Parameter] = set()
     for module in model.modules():
@@ -91,7 +96,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copies(parameter: torch.Tensor) -> int:
-    """Ranks that hold the same part of it; of experts that are spread over fewer ranks than there are."""
+    """Ranks that hold the same part of it."""
     if not isinstance(parameter, DTensor):
         return 1
     sizes = zip(parameter.device_mesh.shape, parameter.placements)
@@ -100,11 +105,16 @@ def copies(parameter: torch.Tensor) -> int:
 
 def add_up_copies(parameters: list[nn.Parameter]) -> None:
     """Give each copy of the spread experts the sum of all copies' gradients, in one exchange."""
-    spread = [each for each in parameters if copies(each) > 1 and each.grad is not None]
+    spread = [each for each in parameters if _is_spread(each) and copies(each) > 1 and each.grad is not None]
     if not spread:
         return
     gradients = [local(each.grad) for each in spread]  # type: ignore[arg-type]
     flat = torch.cat([each.flatten() for each in gradients])
-    dist.all_reduce(flat, group=spread[0].device_mesh.get_group("copies"))  # type: ignore[attr-defined]
+    dist.all_reduce(flat, group=spread[0].device_mesh.get_group(_COPIES))  # type: ignore[attr-defined]
     for gradient, summed in zip(gradients, flat.split([each.numel() for each in gradients])):
         gradient.copy_(summed.view_as(gradient))
+
+
+def _is_spread(parameter: torch.Tensor) -> bool:
+    """Of experts that are not FSDP's, which sums the gradients of its own copies."""
+    return isinstance(parameter, DTensor) and _COPIES in (parameter.device_mesh.mesh_dim_names or ())
