@@ -126,6 +126,7 @@ def test_the_best_epoch_is_kept() -> None:
     losses = fit.fit(made, x, values, parts, fit.FitConfig(rate=1e-2, decay=0, epochs=60, patience=8, balance=5.0))
     best = min(each for _, each in losses)
     assert losses[-1][1] > 1.01 * best
+    torch.testing.assert_close(made.mean, x[parts == fit.TRAIN].mean(0))  # the rest is not looked at
     held, weights = parts == fit.VALIDATION, fit.class_weights(values[parts == fit.TRAIN], made.sizes, 5.0)
     with torch.no_grad():
         kept = fit.loss(made(x[held]), torch.from_numpy(values[held]).long(), weights)
