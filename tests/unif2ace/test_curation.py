@@ -344,6 +344,20 @@ def test_what_fails_is_quarantined_reported_and_leaves_the_rest(config):
     quarantine = (out / "work" / "captioner" / "quarantine.jsonl").read_text().splitlines()
     assert len(quarantine) == 4 and report["endpoints"]["captioner"]["quarantined"] == 4
     assert ["captions", 8, 4] in report["stages"]
+    assert ("captions", "correction quarantined: contradiction", 4) in report["dropped"]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_request_without_a_pair_is_counted_and_the_face_kept(config):
+    def answer(body):
+        asks = "What is certain" in str(body["messages"][1]["content"])
+        return "no questions from me" if asks else artist(body)
+
+    with Server(answer) as server:
+        report = build(at(config, server))
+    told = json.loads((Path(config.out) / "faces.json").read_text())
+    assert len(told) == 8 and report["pairs"] == 0 and ("pairs", "request quarantined", 8) in report["dropped"]
+    assert ["questions", 8, 0] in report["stages"]
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -36,7 +36,9 @@ def contradiction(text: str, truth: Truth, lexicon: Lexicon) -> str | None:
     for category, said in lexicon.claims(text).items():
         wrong = said - {truth.get(category, "")}
         if category in truth and wrong:
-            return f"it says that {category} is {' and '.join(sorted(wrong))}, but it is {truth[category]}"
+            return (
+                f"contradiction: it says that {category} is {' and '.join(sorted(wrong))}, but it is {truth[category]}"
+            )
     return None
 
 
@@ -86,7 +88,7 @@ def pair_fault(question: str, answer: str, truth: Truth, lexicon: Lexicon, unsup
                     return f"contradiction: {category} is {truth[category]}"
                 supported = True
     if (wrong := contradiction(answer, truth, lexicon)) is not None:
-        return f"contradiction: {wrong}"
+        return wrong
     topics = lexicon.topics(question)
     named = told(answer, truth, lexicon)
     supported = supported or bool(named & set(topics) if topics else named)

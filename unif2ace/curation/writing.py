@@ -104,6 +104,7 @@ class Writer:
                     found[name, outcome.question.seed] = outcome.value
                 else:
                     failed[name] = f"questions {outcome.kind}: {outcome.reason}"
+                    self.dropped[f"request {outcome.kind}"] += 1
                 bar.update()
         for name, record in asked.items():
             answers = [found.get((name, record.seed + number), []) for number in rounds]
