@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from unif2ace.attributes import fit, head, measures, report
+from unif2ace.attributes import fit, head, measures, report, train
 from unif2ace.attributes.features import Features
 from unif2ace.attributes.labels import MISSING, LabelsConfig
 from unif2ace.attributes.sources import open_source
@@ -45,6 +45,7 @@ def test_scores_of_a_hand_counted_case() -> None:
     assert found["calibration_error"] == pytest.approx((0.05 + 2 * 0.15 + 0.25) / 4)
     assert [each["faces"] for each in found["bins"]] == [2, 1, 1]
     assert found["interval"][0] < 0.75 < found["interval"][1]
+    assert measures.scores(probabilities, np.array([0, 0, 0, 1]), 0.7)["majority"] == 0.75
     nothing = measures.scores(np.array([[0.6, 0.4], [0.4, 0.6]]), np.array([0, 1]), confidence=0.9)
     assert nothing["answered"] == 0 and nothing["accuracy_answered"] is None
 
@@ -256,6 +257,24 @@ def test_what_a_test_did_not_show_is_never_said(trained, tmp_path) -> None:
     assert [each.category for each in source([np.full((64, 64, 3), (65, 90, 115), np.uint8)])[0]] == ["tint"]
 
 
+def test_no_better_than_chance_is_not_told() -> None:
+    x, values = toy(200)
+    made = head.AttributeHead(x.shape[1], CATEGORIES)
+    with torch.no_grad():
+        made.layers[-1].weight.zero_()
+        made.layers[-1].weight[:2, 0] = torch.tensor([-1.0, 1.0])  # knows the first category, nothing of the second
+        made.layers[-1].bias.copy_(torch.tensor([107.5, -107.5, 0.1, 0.0, 0.0]))
+    found = train._test(made, x, values, 0.5)
+    assert found["hat"]["told"] and found["hat"]["accuracy"] > 0.9 and not found["size"]["told"]
+
+
+def test_no_picture_is_read_outside_its_folder(tmp_path) -> None:
+    pictures(tmp_path / "pictures", 2)
+    assert isinstance(train._read(tmp_path / "pictures", "1.png"), np.ndarray)
+    (tmp_path / "1.png").write_bytes((tmp_path / "pictures" / "1.png").read_bytes())
+    assert "lies outside" in train._read(tmp_path / "pictures", "../1.png")
+
+
 def test_features_of_other_weights_are_refused(trained, tmp_path) -> None:
     config, _ = trained
     made, description = head.load(Path(config.out))
@@ -345,8 +364,8 @@ def test_pictures_without_a_face_are_left_out(monkeypatch) -> None:
     images = [np.full((4, 4, 3), value, np.uint8) for value in (0, 5, 0, 0, 9, 0)]
     vectors, kept = Features("sface")(images)
     assert kept == [1, 4] and vectors.tolist() == [[5, 1], [9, 1]]
-    vectors, kept = Features("sface")(images[:1])
-    assert kept == []
+    assert Features("sface")(images[:1])[1] == []
+    assert Features("sface")(images * 4)[1] == [1, 4, 7, 10, 13, 16, 19, 22]  # over the size of a batch
 
 
 def test_sources_by_name(trained) -> None:
