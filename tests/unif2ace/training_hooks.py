@@ -72,4 +72,3 @@ def sharded_alone() -> None:
     """One rank, sharded as many are."""
     stage.shard = sharding.spread
     Stage._autocast = lambda self: contextlib.nullcontext()
-
