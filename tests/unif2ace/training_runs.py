@@ -6,6 +6,7 @@ Processes are forked from a server that has imported everything, so that a rank 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import multiprocessing
@@ -66,7 +67,7 @@ def prepare(folder: Path, samples: int = 23, text: bool = False, **sizes: Any) -
         "run": str(folder / "run"),
         "checkpoint": str(folder / "start"),
         "data": data,
-        **_REST,
+        **copy.deepcopy(_REST),
     }
 
 
@@ -84,7 +85,7 @@ def prepare_drawn(folder: Path, samples: int = 23) -> dict[str, Any]:
         "run": str(folder / "run"),
         "checkpoint": str(folder / "start"),
         "data": {"sets": [{"path": str(folder / "shards")}], "batch": 8, "mix": {"t2i": 4, "mmu": 4, "lm": 0}},
-        **_REST,
+        **copy.deepcopy(_REST),
     }
 
 

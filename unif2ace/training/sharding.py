@@ -46,10 +46,10 @@ def spread(model: UniF2aceForConditionalGeneration, world: World, config: Parall
     """As `shard`, over one rank too."""
     kind = world.device.type
     own = spread_experts(model, world, config.experts) if config.experts > 1 else set()
-    within = config.sharded or world.ranks
-    sizes, names = ((world.ranks // within, within), ("sets", "shards"))
-    dims = slice(within == world.ranks, 2)  # one set needs one dimension
-    mesh = init_device_mesh(kind, sizes[dims], mesh_dim_names=names[dims])
+    mesh = init_device_mesh(kind, (world.ranks,))
+    if config.sharded not in (0, world.ranks):
+        sizes = (world.ranks // config.sharded, config.sharded)
+        mesh = init_device_mesh(kind, sizes, mesh_dim_names=("sets", "shards"))
     images = set() if model.image_tokenizer is None else set(model.image_tokenizer.parameters())
     if model.image_tokenizer is not None:
         model.image_tokenizer.to(world.device)
