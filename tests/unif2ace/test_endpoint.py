@@ -116,7 +116,7 @@ def test_what_is_cached_hangs_on_all_that_an_answer_hangs_on(tmp_path, prompt):
         (429, {}, b"slow down"), (500, {}, b"oops"), (503, {}, b""), reset, half, b"<html>", b'{"choices": [', b"[]",
         b'{"choices": []}', b'{"choices": [{"message": {"content": 5}}]}', b"\xff\xfe", b"[" * 5000,
     ],
-    ids=str,
+    ids=lambda wrong: getattr(wrong, "__name__", str(wrong)[:40]),  # the same in every process
 )  # fmt: skip
 def test_what_is_no_answer_is_tried_again_with_growing_waits(asked, wrong):
     (outcome,), counts, server, clock = asked(wrong, wrong, wrong, GOOD)
