@@ -51,10 +51,10 @@ _SCATTERS = ("reduce_scatter_tensor", "reduce_scatter_single")
 
 def _received(name: str, *arguments: Any, **options: Any) -> float:
     """Bytes that a rank gets from the others, or at least as many as it sends: of the parts that are not its own."""
-    first, second, *rest = [*arguments, *options.values()]
-    ranks = dist.get_world_size()
+    first, *rest = [*arguments, *options.values()]
     if name == "all_reduce":
-        return 2 * first.nbytes * (ranks - 1) / ranks
+        return 2 * first.nbytes * (dist.get_world_size() - 1) / dist.get_world_size()
+    second, *rest = rest
     if name == "all_to_all_single":
         return first.nbytes * (1 - rest[0][dist.get_rank()] / max(1, sum(rest[0])))
     whole, part = (first, second) if name in _GATHERS else (second, first)
