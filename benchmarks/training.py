@@ -37,7 +37,7 @@ from unif2ace.training import engine, feed, stage
 from unif2ace.training.config import read_config
 
 from .cases.data import Rows
-from .environment import describe
+from .environment import describe, without_folders
 
 WARM = 3  # steps before the first that counts
 VARIANTS = {"one process": (1, 1), "two, sharded": (2, 1), "two, experts spread": (2, 2)}
@@ -164,12 +164,14 @@ def compare(size: str, steps: int, rounds: int) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
-    parser.add_argument("--steps", type=int, default=12, help="counted steps of a run")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"], help="models (default: tiny)")
+    parser.add_argument("--steps", type=int, default=6, help="counted steps of a run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each variant")
     parser.add_argument("--json", type=Path, help="write the results to this file, a line each")
     options = parser.parse_args(arguments)
-    environment = describe("cpu") | {"command": " ".join(["python -m benchmarks.training", *sys.argv[1:]])}
+    torch.set_num_threads(1)
+    command = " ".join(["python -m benchmarks.training", *map(without_folders, sys.argv[1:])])
+    environment = describe("cpu") | {"command": command}
     records = [record for size in options.sizes for record in compare(size, options.steps, options.rounds)]
     for each in records:
         of_least = f" ({each['bytes'] / each['bytes_least']:.2f} of the least)" if each["bytes_least"] else ""
