@@ -72,28 +72,25 @@ def test_stages_train_what_they_say(undisturbed):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_it_goes_on_bit_for_bit(prepared, undisturbed, kills):
+    """As many runs as it takes for so many kills, a few steps or none between two of them."""
     folder, config = prepared
-    run, chance, done = folder / f"killed{kills}", random.Random(kills), 0
+    told, chance, done, runs_made = dict(_told(undisturbed)), random.Random(kills), 0, 0
     while done < kills:
-        with runs.Ranks(config, f"--run={run}", hook="training_hooks:keys_told") as ranks:
-            # From before the first step to well into the run, wherever that is by now.
-            wanted = chance.randrange(STEPS)
-            while wanted > len(_told(run)) and ranks.wait(0.02) == [None]:
-                pass
-            time.sleep(chance.random() * 0.2)
-            if ranks.wait(0.0) != [None]:
-                break
-            ranks.kill()
-        done += 1
-        if done < kills and len(_told(run)) >= STEPS - 1:  # near its end: once more from the beginning
-            (run / "log.jsonl").unlink()
-            for state in states.listed(run / "states"):
-                (state / states.RUN).unlink()
-    runs.train(config, f"--run={run}", hook="training_hooks:keys_told")
-    same_run(run, undisturbed)
-    told = dict(_told(undisturbed))
-    assert all(told[step] == keys for step, keys in _told(run))  # each time that a step was done
-    assert {step for step, _ in _told(run)} == set(range(STEPS))
+        run, ended = folder / f"killed{kills}-{runs_made}", False
+        while done < kills and not ended:
+            with runs.Ranks(config, f"--run={run}", hook="training_hooks:keys_told") as ranks:
+                wanted = len(_told(run)) + chance.randrange(6)
+                while len(_told(run)) < wanted and ranks.wait(0.01) == [None]:
+                    pass
+                time.sleep(chance.random() * 0.1)
+                ended = ranks.wait(0.0) != [None]
+                ranks.kill()
+                done += not ended
+        runs.train(config, f"--run={run}", hook="training_hooks:keys_told")
+        same_run(run, undisturbed)
+        assert all(told[step] == keys for step, keys in _told(run))  # each time that a step was done
+        assert {step for step, _ in _told(run)} == set(range(STEPS))
+        runs_made += 1
 
 
 def _told(run: Path) -> list:
@@ -108,6 +105,7 @@ def test_killed_while_a_state_is_written(prepared, undisturbed):
     with runs.Ranks(config, f"--run={run}", hook="training_hooks:killed_in_write") as ranks:
         assert ranks.wait() == [-signal.SIGKILL]
     assert list((run / "states").glob(".step-*.partial")) and states.listed(run / "states")
+    (run / "states" / ".step-00000007.partial").mkdir()  # as of a run that saved at other steps
     runs.train(config, f"--run={run}")
     same_run(run, undisturbed)
     assert not list((run / "states").glob(".*")) and len(states.listed(run / "states")) == 2
