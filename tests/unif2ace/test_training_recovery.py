@@ -236,3 +236,25 @@ def test_a_prompt_that_is_too_long_is_told_before_the_first_step(prepared):
         assert ranks.wait() == [1, 1]
         assert ranks.said.count("watch.prompts[0]: ") == 1 and "Traceback" not in ranks.said
     assert not runs.records(folder / "long")
+
+
+def test_what_one_rank_cannot_read_all_are_told(prepared):
+    folder, config = prepared
+    values = json.loads(config.read_text())
+    values |= {"run": str(folder / "raw-run"), "stages": [{"name": "only", "steps": 4}]}
+    values["data"]["sets"] = [{"path": str(folder / "raw" / "faces.json")}]  # pictures, and no encoding
+    values["data"]["mix"] = {"t2i": 4, "mmu": 4}
+    with runs.Ranks(runs.write(values, folder / "raw.json"), ranks=2) as ranks:
+        assert ranks.wait() == [1, 1]
+        assert ranks.said.count("unif2ace: ") == 1 and "it has no codes; run `unif2ace precompute`" in ranks.said
+        assert "Traceback" not in ranks.said
+
+
+def test_a_stage_may_have_other_data(prepared):
+    folder, config = prepared
+    values = json.loads(config.read_text())
+    other = {"sets": [{"path": str(runs.sets.shards(folder / "other", 9))}], "mix": {"t2i": 4, "mmu": 5, "lm": 0}}
+    stages = [{"name": "first", "steps": 3}, {"name": "second", "steps": 3, "data": other}]
+    values |= {"run": str(folder / "others"), "stages": stages}
+    records = runs.train(runs.write(values, folder / "others.json"))
+    assert [record["rows"]["mmu"] for record in records] == [4] * 3 + [5] * 3

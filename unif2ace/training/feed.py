@@ -84,6 +84,8 @@ class _Ahead:
             self.made = next(source)
         except UserError as error:
             self.error = str(error)
+        except StopIteration:  # after an error, which is told when its step's turn comes; ranks go on in one order
+            self.error = "the data ended"
         self.waited = time.perf_counter() - began
         batches = self.made.batches if self.made else []
         self.own = [_targets(batch) for batch in batches]
