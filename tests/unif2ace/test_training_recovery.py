@@ -64,6 +64,10 @@ def test_stages_train_what_they_say(undisturbed):
     first, second = (runs.records(undisturbed)[step] for step in (0, STEPS // 2))
     assert (first["stage"], second["stage"]) == ("first", "second")
     assert first["rows"] == {"t2i": 4, "mmu": 4, "lm": 1} and second["rows"] == {"t2i": 2, "mmu": 5, "lm": 2}
+    for record, lm in ((first, 0.5), (second, 0.1)):
+        terms = record["terms"]
+        total = terms["mask"] + 0.01 * terms["score"] + terms["mmu"] + lm * terms["lm"] + terms["balance"]
+        assert record["loss"] == pytest.approx(total, rel=1e-5)
     assert "sequence" not in first["grad_norms"] and second["grad_norms"]["sequence"] > 0
     rates = [record["lr"] for record in runs.records(undisturbed)]
     assert rates[: STEPS // 2] == rates[STEPS // 2 :]  # each stage warms up and falls by itself
