@@ -374,8 +374,8 @@ def test_sources_by_name(trained) -> None:
     assert source.categories == {"bright": ("yes", "no"), "tint": ("cool", "warm")}
     surer = head.AttributeClassifier(config.out, confidence=0.99)
     assert source.fingerprint == head.AttributeClassifier(config.out).fingerprint != surer.fingerprint
-    for name in ("eyes", "classifier", "classifier:"):
-        with pytest.raises(UserError, match="expected classifier:FOLDER or face-parser:FILE"):
+    for name in ("eyes", "classifier", "classifier:", "measured"):
+        with pytest.raises(UserError, match="expected classifier:FOLDER, face-parser:FILE or measured:FACES.npz"):
             open_source(name)
     with pytest.raises(UserError, match="no face parser in"):
         open_source(f"face-parser:{config.out}")

@@ -434,7 +434,11 @@ def test_configs_that_are_not_possible(config, changes, message):
 
 
 def test_sources_that_are_not_there():
-    for name, message in (("measured", "measured:FACES.npz"), ("nothing:here", "expected measured"), ("json:no", "no")):
+    for name, message in (
+        ("measured", "measured:FACES.npz"),
+        ("nothing:here", "expected classifier, face-parser, measured"),
+        ("json:no", "no"),
+    ):
         with pytest.raises(UserError, match=message):
             attribute_source(name, None)
 

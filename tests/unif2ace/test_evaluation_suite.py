@@ -11,6 +11,7 @@ from endpoints import Server
 from PIL import Image
 
 from unif2ace.attributes.base import Attribute
+from unif2ace.attributes.sources import open_source
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.cli import main
 from unif2ace.data.config import SetConfig
@@ -393,6 +394,9 @@ def test_the_demo_s_held_out_faces(tmp_path):
         assert {each.category: each.value for each in found.source([face.image])[0]} == words
         assert [each.references[0] for each in face.questions] == [words[name] for name in NAMES]
     assert found.source([]) == []
+    assert open_source(f"measured:{tmp_path / 'faces.npz'}")(images[5:7]) == found.source(images[5:7])
+    light = Light()  # another is taken where it is named
+    assert open_faces(SetConfig(str(tmp_path / "faces.npz")), 64, "face", 3, 16, 0, light).source is light
     with pytest.raises(UserError, match="has pictures of 64 pixels, the model paints 32"):
         open_faces(SetConfig(str(tmp_path / "faces.npz")), 32, "face", 3, 16, 0, None)
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from unif2ace.attributes.base import Attribute, AttributeSource
 from unif2ace.attributes.combine import combine
+from unif2ace.attributes.measured import Measured
 from unif2ace.attributes.sources import SOURCES, open_source
 from unif2ace.curation import card, faces
 from unif2ace.curation.config import BuildConfig
@@ -115,20 +116,17 @@ def attribute_source(name: str, synthetic: FaceSet | None) -> AttributeSource:
         UserError: there is no such source.
     """
     kind, _, where = name.partition(":")
-    if kind == "measured":
-        from unif2ace.attributes.measured import Measured
-
-        known = FaceSet.load(Path(where)) if where else synthetic
-        if known is None:
+    if name == "measured":
+        if synthetic is None:
             raise UserError("attributes.sources: measured: expected measured:FACES.npz, whose cut points it takes")
-        return Measured(known.thresholds)
+        return Measured(synthetic.thresholds)
     if kind in SOURCES:
         return open_source(name)
     try:
         made = getattr(importlib.import_module(kind), where)()
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"attributes.sources: {name}: expected measured, {', '.join(SOURCES)} or MODULE:FUNCTION ({error})"
+            f"attributes.sources: {name}: expected {', '.join(SOURCES)} or MODULE:FUNCTION ({error})"
         ) from error
     return made
 

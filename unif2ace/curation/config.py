@@ -56,7 +56,7 @@ class FacesConfig:
 class AttributesConfig:
     """Attributes:
     sources: what reads attributes off the faces: `classifier:FOLDER` (of `unif2ace train-attributes`),
-        `face-parser:FOLDER`, `measured:FACES.npz` (`measured` for synthetic faces), or `MODULE:FUNCTION`, which gives
+        `face-parser:FILE`, `measured:FACES.npz` (`measured` for synthetic faces), or `MODULE:FUNCTION`, which gives
         an AttributeSource. They are combined as `unif2ace.attributes.combine` says.
     least: probability from which an attribute is taken for true.
     """

@@ -119,7 +119,7 @@ def open_faces(
     Args:
         side: of the model's pictures. frame: `face`, which finds it, or `square`.
         questions: at most so many of a face.
-        source: of attributes; the demo's own measure for a faces.npz.
+        source: of attributes; None: the demo's own measure for a faces.npz, none for other sets.
 
     Raises:
         UserError: there is no such set, or no face in it can be used.
@@ -127,6 +127,7 @@ def open_faces(
     path = Path(config.path)
     if path.suffix == ".npz":
         faces = demo_faces(path, limit, seed)
+        faces.source = source or faces.source
         if faces.items and faces.items[0].image.shape[0] != side:
             raise UserError(f"{path} has pictures of {faces.items[0].image.shape[0]} pixels, the model paints {side}")
         return faces

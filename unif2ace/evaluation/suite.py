@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from unif2ace import checksums
-from unif2ace.attributes.base import AttributeSource
-from unif2ace.attributes.measured import Measured
+from unif2ace.attributes.sources import open_source
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.data.config import SetConfig
-from unif2ace.data.dataset import FaceSet
 from unif2ace.data.encode import FRAMES
 from unif2ace.endpoint import Endpoint, EndpointConfig
 from unif2ace.errors import UserError
@@ -57,8 +55,8 @@ class SuiteConfig:
     questions: at most so many of a face.
     paint: how paintings are sampled.
     answer_tokens, caption_tokens: longest answer and caption.
-    attributes: what measures attributes: `classifier:FOLDER` of `unif2ace train-attributes`, or `parser:PATH`, the face
-        parser, or `measured:FACES.npz`; a demo run's faces have that measure by default.
+    attributes: what measures attributes: `classifier:FOLDER` of `unif2ace train-attributes`, `face-parser:FILE`, or
+        `measured:FACES.npz`, which a demo run's faces have by default.
     identity: encoder of `unif2ace.encoders` for the identity cosine; another than the model's own.
     vlm: for VQAScore and VLM-score. judge_gpt, judge_ds: for the Desc- and Conv- scores.
     repeats: how often a judge is asked the same.
@@ -133,7 +131,7 @@ def evaluate(run: Path, suite: str, config: SuiteConfig, out: Path) -> dict[str,
         raise UserError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     folder = checkpoint_of(run)
     checkpoint = Checkpoint.load(folder, device=config.check().device)
-    source = attribute_source(config.attributes, config.device) if config.attributes else None
+    source = open_source(config.attributes, config.device) if config.attributes else None
     data = config.data
     if data is None:
         if not (folder.parent / "faces.npz").is_file():
@@ -190,22 +188,6 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         if settings[name] != before.get(name):
             raise UserError(f"{folder} holds results of another {name}: name another --out, or delete it")
     write_json(path, settings)
-
-
-def attribute_source(name: str, device: str) -> AttributeSource:
-    """What measures attributes, as `SuiteConfig.attributes` names it."""
-    kind, _, path = name.partition(":")
-    if kind == "parser" and path:
-        from unif2ace.attributes.parsed import ParsedAttributes
-
-        return ParsedAttributes(path, device)
-    if kind == "classifier" and path:
-        from unif2ace.attributes.head import AttributeClassifier
-
-        return AttributeClassifier(path, device)
-    if kind == "measured" and path:
-        return Measured(FaceSet.load(Path(path)).thresholds)
-    raise UserError(f"attributes: expected classifier:FOLDER, parser:PATH or measured:FACES.npz, got {name!r}")
 
 
 def _read_features(path: Path) -> np.ndarray:
@@ -294,7 +276,7 @@ class Suite:
     def agreement(self, name: str) -> Row:
         source = self.faces.source
         if source is None:
-            raise Absent("nothing measures attributes: name --attributes=classifier:FOLDER or parser:PATH")
+            raise Absent("nothing measures attributes: name --attributes=classifier:FOLDER or face-parser:FILE")
         painted = [self.faces.told(prompt) for _, prompt, _ in self.paintings]
         seen = source([image for *_, image in self.paintings])
         itself = source([face.image for face, *_ in self.paintings])
