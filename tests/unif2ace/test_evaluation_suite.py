@@ -454,7 +454,7 @@ def test_the_command_goes_on_in_its_folder_and_minds_other_settings(untrained, t
     "more,says",
     [
         (["--fases=3"], "fases: there is no such key; did you mean faces?"),
-        (["--attributes=hair"], "no source of attributes .*expected classifier:FOLDER"),
+        (["--attributes=hair"], "no source of attributes 'hair': expected classifier:FOLDER"),
         (["--attributes=classifier:none"], "none"),
     ],
 )
