@@ -16,6 +16,7 @@ from unif2ace.evaluation import quality
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.training.recipe import EncodedFaces
+from unif2ace.training.tokenizer import psnr
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def test_a_perfect_model_beats_every_constant_answer(monkeypatch):
         assert row["p"] == pytest.approx(0.5 ** round(60 * (1 - row["majority"])))
 
 
-def test_psnr_is_of_each_face_then_averaged():
+def test_psnr_is_of_each_face():
     images = np.full((2, 4, 4, 3), 100, np.uint8)
     others = images.copy()
     others[0] += 1
     others[1] -= 10
-    expected = (20 * np.log10(255) + 20 * np.log10(25.5)) / 2
-    assert quality._psnr(images, others) == pytest.approx(expected)
+    assert psnr(images, others) == pytest.approx([20 * np.log10(255), 20 * np.log10(25.5)])
+    assert psnr(others, images) == pytest.approx(psnr(images, others)), "no level wraps around"
 
 
 def test_a_face_is_counted_where_the_detector_finds_one(monkeypatch):

@@ -28,6 +28,7 @@ from unif2ace.generation.text import answer_codes
 from unif2ace.model.image_tokenizer import to_uint8
 from unif2ace.model.sequence_moe import EXPERTS
 from unif2ace.training.recipe import EVALUATION, EncodedFaces, Recipe, RecipeConfig
+from unif2ace.training.tokenizer import psnr
 from unif2ace_kernels import moe
 
 SHOWN = 48  # held-out faces whose caption is painted for the report
@@ -59,7 +60,7 @@ def evaluate(checkpoint: Checkpoint, faces: FaceSet, held_out: EncodedFaces, pro
     images = faces.images[faces.test]
     reconstructed = to_uint8(checkpoint.image_tokenizer.decode(held_out.codes)).numpy()
     tokenizer = {
-        "psnr_db": _psnr(images, reconstructed),
+        "psnr_db": float(psnr(images, reconstructed).mean()),
         "codes_used": len(held_out.codes.unique()),
         "label_kept": _by_attribute((faces.classify(reconstructed) == held_out.classes).mean(0)),
         "face_found": _face_found(reconstructed),
@@ -142,12 +143,6 @@ def _captioning(checkpoint: Checkpoint, faces: EncodedFaces) -> dict:
 def _against_chance(match: np.ndarray, classes: int) -> dict:
     test = binomtest(int(match.sum()), len(match), 1 / classes, alternative="greater")
     return {"match": float(match.mean()), "chance": 1 / classes, "p": float(test.pvalue)}
-
-
-def _psnr(images: np.ndarray, others: np.ndarray) -> float:
-    """Mean over faces of the peak signal-to-noise ratio in dB."""
-    error = ((images.astype(np.float64) - others) ** 2).mean((1, 2, 3))
-    return float((10 * np.log10(255**2 / error)).mean())
 
 
 def _face_found(images: np.ndarray) -> float:

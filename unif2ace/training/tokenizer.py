@@ -107,11 +107,17 @@ def trained_image_tokenizer(
     return average, True
 
 
+def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB, [N], of pictures [N, H, W, 3] uint8 against others."""
+    error = ((pictures.astype(np.float64) - others) ** 2).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / error)
+
+
 def reconstruction_psnr(tokenizer: ImageTokenizer | Magvit, pictures: np.ndarray, batch: int = 16) -> float:
-    """Mean over pictures [N, side, side, 3] uint8 of the peak signal-to-noise ratio through the codes, in dB."""
+    """Mean over pictures [N, side, side, 3] uint8 of their `psnr` through the codes."""
     found = []
-    for part in torch.from_numpy(pictures).split(batch):
-        again = to_uint8(tokenizer.decode(tokenizer.encode(to_images(part))[0]))
-        error = (again.double() - part.double()).square().mean((1, 2, 3))
-        found.append(10 * torch.log10(255**2 / error))
-    return float(torch.cat(found).mean())
+    for start in range(0, len(pictures), batch):
+        part = pictures[start : start + batch]
+        again = to_uint8(tokenizer.decode(tokenizer.encode(to_images(torch.from_numpy(part)))[0]))
+        found.append(psnr(part, again.numpy()))
+    return float(np.concatenate(found).mean())
