@@ -1,8 +1,11 @@
 """The fibers run right kernels to the right result, and find every deliberate fault."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
-from cuda_on_cpu import KernelFault, assert_bits_equal, execute, execute_each
+from cuda_on_cpu import ROOT, KernelFault, assert_bits_equal, execute, execute_each
 
 np = pytest.importorskip("numpy", reason="needs numpy")
 RANDOM = np.random.default_rng(0)
@@ -79,3 +82,36 @@ def test_dynamic_shared_memory_starts_as_nan():
 def test_impossible_launch(threads):
     with pytest.raises(KernelFault, match="invalid launch configuration"):
         execute_each("toys.cpp", "launch_block_of", threads)
+
+
+FAKE_RUNTIME = """
+#pragma once
+#include <cstddef>
+#include <cstdio>
+enum cudaError_t { cudaSuccess };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  std::printf("%d ", bytes);
+  return cudaSuccess;
+}
+"""
+ASKS = """
+#include "common/launch.cuh"
+void kernel() {}
+int main() {
+  for (int bytes : {1024, 48 * 1024 - 512, 48 * 1024, 96 * 1024}) unif2ace::allow_shared_bytes(&kernel, bytes);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_memory_is_asked_for_where_static_memory_takes_it_beyond_48_kib(tmp_path):
+    (tmp_path / "cuda_runtime.h").write_text(FAKE_RUNTIME)
+    (tmp_path / "asks.cpp").write_text(ASKS)
+    include = [f"-I{tmp_path}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(
+        ["g++", "-std=c++17", *include, str(tmp_path / "asks.cpp"), "-o", str(tmp_path / "asks")], check=True
+    )
+    said = subprocess.run([str(tmp_path / "asks")], check=True, capture_output=True, text=True).stdout
+    assert said.split() == [str(48 * 1024 - 512), str(48 * 1024), str(96 * 1024)]

@@ -299,7 +299,10 @@ def implementation(op, name):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", ["triton", "cuda c++", "torch"])
-@pytest.mark.parametrize(("codes", "dtype"), [(1, "float32"), (300, "bfloat16"), (8192, "float16"), (58498, "float32")])
+@pytest.mark.parametrize(
+    ("codes", "dtype"),
+    [(1, "float32"), (300, "bfloat16"), (8192, "float16"), (12288, "bfloat16"), (58498, "float32")],
+)
 def test_gpu_draws_the_ids_of_the_cpu(name, codes, dtype):
     draw_on_gpu = implementation("sample_logits", name)
     cond, uncond, *places = logits(codes, getattr(torch, dtype))
