@@ -308,6 +308,15 @@ def test_a_whole_run(config, tmp_path, untrained):
 
 
 @pytest.mark.usefixtures("stand_ins")
+def test_a_set_that_holds_its_pictures_is_read_by_its_file_alone(config, pictures):
+    with Server(artist) as server:
+        build(replace(at(config, server), out=str(pictures.parent)))
+    source = open_source(SetConfig(str(pictures.parent / "faces.json")), "set")
+    assert len(source) == 8 and source[0].pixels().shape == picture(False, False, 0).shape
+    assert "`image` (below this folder)" in (pictures.parent / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_only_what_may_leaves_the_machine(config, pictures, monkeypatch):
     (pictures / "face0.png").rename(pictures / "Jane Doe private.png")
     monkeypatch.setenv("A_KEY", "sk-secret-0123456789")

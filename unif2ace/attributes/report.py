@@ -46,7 +46,9 @@ def _page(report: dict[str, Any]) -> str:
     head = ["category", "values: faces tested", "accuracy", "95 %", "majority", "balanced", "chance"]
     rows = [[*head, "average precision", "calibration error", "before", "answered", "right of these"]]
     for name, each in report["categories"].items():
-        counts = ", ".join(f"{html.escape(value)}: {count}" for value, count in zip(each["values"], each["counts"]))
+        counts = ", ".join(
+            f"{html.escape(value)}:&nbsp;{count}" for value, count in zip(each["values"], each["counts"])
+        )
         answered = each["accuracy_answered"]
         rows.append(
             [

@@ -79,9 +79,10 @@ def build(config: BuildConfig) -> dict[str, Any]:
     if config.writer in (None, config.captioner):
         del asked["writer"]
     kept = [each for each in records if each.caption]
-    _write_set(out, kept)
+    base = out if folder.resolve().is_relative_to(out.resolve()) else folder  # a set with its pictures is whole
+    _write_set(out, kept, folder.resolve().relative_to(base.resolve()))
     _write_dropped(out, found, records)
-    shards = _write_shards(config, out, folder) if config.encoding is not None and kept else None
+    shards = _write_shards(config, out, base) if config.encoding is not None and kept else None
 
     report = {
         "stages": [
@@ -98,6 +99,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
         "sources": list(config.attributes.sources),
         "prompts": {each.name: each.version for each in writer.prompts},
         "shards": shards,
+        "whole": base == out,
         "identity_in_shards": config.encoding is not None and config.encoding.identity is not None,
         "seconds_of_this_run": round(time.perf_counter() - started, 1),
     }
@@ -171,11 +173,12 @@ def _framed(folder: Path, face: Face) -> np.ndarray:
     return faces.framed(folder, face, SIDE)
 
 
-def _write_set(out: Path, kept: Sequence[Record]) -> None:
+def _write_set(out: Path, kept: Sequence[Record], folder: Path) -> None:
+    """faces.json; `folder` of the pictures, as their names are to begin."""
     told = [
         {
             "id": each.face.id,
-            "image": each.face.file,
+            "image": (folder / each.face.file).as_posix(),
             "caption": each.caption,
             "conversations": [
                 {"from": who, "value": words}
@@ -215,11 +218,11 @@ def _write_dropped(out: Path, found: Sequence[Face], records: Sequence[Record]) 
             file.write(json.dumps(told, ensure_ascii=False) + "\n")
 
 
-def _write_shards(config: BuildConfig, out: Path, folder: Path) -> dict[str, Any]:
+def _write_shards(config: BuildConfig, out: Path, base: Path) -> dict[str, Any]:
     assert config.encoding is not None
     words = (out / "faces.json").read_bytes()
     where = out / "shards" / digest(words, json.dumps(dataclasses.asdict(config.encoding)).encode())
-    told = SetConfig(str(out / "faces.json"), images=str(folder))
+    told = SetConfig(str(out / "faces.json"), images=str(base))
     manifest = precompute(PrecomputeConfig(told, config.encoding, str(where)))
     return {"folder": where.relative_to(out).as_posix(), "samples": manifest["samples"], "skipped": manifest["skipped"]}
 

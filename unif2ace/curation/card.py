@@ -48,7 +48,7 @@ size_categories:
 
 ## What is in it
 
-`faces.json` is a list of records: `id`, `image` (below the folder of pictures), `caption`, `conversations`
+`faces.json` is a list of records: `id`, `image` (below {folder}), `caption`, `conversations`
 (`[{{from, value}}]`) and `attributes` (category: value). {shards}
 
 | | this set | UniF2aceD-1M, as published |
@@ -125,6 +125,7 @@ def write_card(out: Path, config: CardConfig, figures: Mapping[str, Any], report
         source=_cell(config.source),
         consent=_cell(config.consent),
         contact=_cell(config.contact),
+        folder="this folder" if report["whole"] else "the folder of pictures",
         shards="`shards` holds codes and features, read by training." if report["shards"] else "",
         attributes=mean(figures["attributes_per_caption"] or [0]),
         paper_attributes=PAPER_ATTRIBUTES,
