@@ -195,6 +195,8 @@ def test_what_a_step_sends_by_hand():
     spread = step_cost(H100S, BASE, Layout(64, expert_ranks=8)).collectives
     assert spread[SCATTER].sent == pytest.approx(4 * (number.all - layers * experts) * 63 / 64)
     assert spread[REDUCE].sent == pytest.approx(2 * 4 * layers * experts / 8 * 7 / 8)
+    tensors = [reduce_across(H100S, size, 8).seconds for size in (4 * experts / 8, 0, 0, 0)]
+    assert spread[REDUCE].seconds == pytest.approx(layers * sum(tensors))
     rows = dispatch(BASE.config, (10 * 392, 6 * 392), 8, 8)
     assert spread[EXCHANGE].sent == pytest.approx(layers * 2 * 2 * rows.sent * 2048 * 2)
     passes = 4 * rows.fullest * 2048 * 2 / 360e9 + 8 * (8.4e-6 + 3.4e-6)  # five collectives forward, three backward
@@ -217,6 +219,9 @@ def test_efficiency_is_what_is_not_hidden():
     assert efficiency(replace(H100S, overlap=0.0), BASE, Layout(64)) < efficiency(H100S, BASE, Layout(64))
     cost = step_cost(replace(H100S, overlap=0.0), BASE, Layout(64, True, 8))
     assert cost.exposed == pytest.approx(sum(each.seconds for each in cost.collectives.values()))
+    slow = step_cost(replace(H100S, share=1e-3), BASE, Layout(64, True, 8))
+    shown = slow.collectives[EXCHANGE].seconds
+    assert shown < slow.exposed < shown + slow.collectives[REDUCE].seconds  # a layer's sums are hidden, the root's not
     load = dispatch(BASE.config, (10, 6), 8, 8).load
     assert load == pytest.approx(1.25)  # ten of sixteen tokens on half of the ranks
     assert efficiency(free, BASE, Layout(64, expert_ranks=8)) < 1

@@ -7,6 +7,10 @@ import json
 import os
 import resource
 import signal
+import time
+from unittest import mock
+
+from torch import distributed as dist
 
 from unif2ace.model import modeling
 from unif2ace.training import sharding, stage, states
@@ -72,3 +76,37 @@ def sharded_alone() -> None:
     """One rank, sharded as many are."""
     stage.shard = sharding.spread
     Stage._autocast = lambda self: contextlib.nullcontext()
+
+
+def second_layer_late() -> None:
+    """Rank 1 has the second layer's weights gathered only when rank 0, which asked for them, has computed the first."""
+    step, name = Stage.step, "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(dist, name)
+
+    def late(self, work):
+        computed, asked = self.config.folder / f"computed-{work.step}", []
+
+        def gathered(*given, **named):
+            asked.append(1)
+            if len(asked) == 3 and self.world.rank == 1:  # after those of the root and of the first layer
+                wait_for(computed)
+            return gather(*given, **named)
+
+        def tell(*_):
+            if self.world.rank == 0 and len(asked) == 3:
+                computed.touch()
+
+        with mock.patch.object(dist, name, gathered):
+            told = self.model.blocks[0].register_forward_hook(tell)
+            done = step(self, work)
+            told.remove()
+        return done
+
+    Stage.step = late
+
+
+def wait_for(path, seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} never came"
+        time.sleep(0.01)

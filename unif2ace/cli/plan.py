@@ -149,7 +149,7 @@ def cluster_assumptions(cluster: Cluster) -> list[str]:
         "- FSDP gathers a layer's weights for the forward and again for the backward and sums its gradients in "
         "float32; HSDP shards within a node and sums the shards across nodes",
         "- experts over a node's GPUs: tokens choose among their group's experts evenly, all wait for the GPU with the "
-        "most of them, nodes sum the gradients of their copies; computing hides none of that",
+        "most of them, and computing hides none of what is sent; nodes sum the gradients of their copies as FSDP does",
         "- efficiency: a GPU's rate in the cluster over its rate alone, with the same rows and share of the peak",
         "- left out: stragglers, data, the optimizer, checkpoints, failures",
     ]

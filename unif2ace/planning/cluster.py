@@ -22,6 +22,7 @@ from unif2ace.planning.activations import FLOAT32
 from unif2ace.planning.plan import Training, counts, forward_flops
 
 GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
+_EXPERT_TENSORS = 4  # of a layer: weights and biases, in and out
 _SMALL_EXCHANGES = 4  # of counts, experts and weights, and of the weights' gradients: latency alone
 
 
@@ -222,22 +223,23 @@ def step_cost(cluster: Cluster, training: Training, layout: Layout) -> StepCost:
     gradients, root_gradients = (gather(cluster, FLOAT32 * each, shards) for each in (block, root))
     nodes = layout.gpus // shards
     across, root_across = (reduce_across(cluster, FLOAT32 * each / shards, nodes) for each in (block, root))
-    apart_of_rank = FLOAT32 * layers * apart / layout.expert_ranks  # gradients, in one exchange after the backward
-    copies = reduce_across(cluster, apart_of_rank, layout.gpus // layout.expert_ranks)
+    groups = layout.gpus // layout.expert_ranks  # of ranks that hold all experts, copies of one another
+    small = reduce_across(cluster, 0.0, groups) * (_EXPERT_TENSORS - 1)  # each is summed by itself
+    copies = reduce_across(cluster, FLOAT32 * apart / layout.expert_ranks, groups) + small if apart else Cost()
 
     def left(seconds: float, compute: float) -> float:
         return max(0.0, seconds - cluster.overlap * compute)
 
     exposed = root_weights.seconds + weights.seconds + (layers - 1) * left(weights.seconds, forward)
-    exposed += layers * left(weights.seconds + gradients.seconds + across.seconds, backward)
-    exposed += root_gradients.seconds + root_across.seconds + copies.seconds
+    exposed += layers * left(weights.seconds + gradients.seconds + across.seconds + copies.seconds, backward)
+    exposed += root_gradients.seconds + root_across.seconds
     exchanges = exchange * (layers * (1 + run))
     exposed += exchanges.seconds
     return StepCost(
         layers * (forward + backward) + 3 * outside,
         {
             GATHER: weights * (2 * layers) + root_weights, SCATTER: gradients * layers + root_gradients,
-            REDUCE: across * layers + root_across + copies, EXCHANGE: exchanges,
+            REDUCE: (across + copies) * layers + root_across, EXCHANGE: exchanges,
         },
         exposed,
     )  # fmt: skip

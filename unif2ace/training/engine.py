@@ -22,6 +22,7 @@ from unif2ace.training import samples, states
 from unif2ace.training.config import TrainConfig, plain
 from unif2ace.training.export import export
 from unif2ace.training.feed import Work, feed
+from unif2ace.training.profile import path_of, profiled
 from unif2ace.training.readings import readings
 from unif2ace.training.stage import Stage
 from unif2ace.training.states import States
@@ -125,7 +126,8 @@ class Run:
                 if step > stage.first and (work.save or step % self.config.save.every == 0) and step != self._at():
                     stage.save(self.saved, step)
                     saved_at = time.monotonic()
-                done = stage.step(work)
+                with self._profiled(step):
+                    done = stage.step(work)
                 now = time.monotonic()
                 seconds, began = now - began, now
                 stage.seconds += seconds
@@ -142,6 +144,11 @@ class Run:
             raise Stopped(step, self.signals.received or signal.SIGTERM)  # another rank may have got it
         self.state = self.saved.latest()
         return step
+
+    def _profiled(self, step: int) -> contextlib.AbstractContextManager[None]:
+        if step not in self.config.watch.profile:
+            return contextlib.nullcontext()
+        return profiled(path_of(self.config.folder, step, self.world.rank))
 
     def _at(self) -> int:
         return states.number(self.state) if self.state is not None else -1

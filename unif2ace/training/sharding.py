@@ -7,9 +7,14 @@
     image tokenizer      whole on every rank: training does not run it
 
 Losses are parts of the step's, so gradients are added up and never averaged.
+
+What is exchanged is asked for before it is needed: a layer's weights while the layer before computes, forward and
+backward; the sum of spread experts' gradients as soon as a layer's backward has them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import distributed as dist
@@ -59,6 +64,12 @@ def spread(model: UniF2aceForConditionalGeneration, world: World, config: Parall
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=own | images)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    # FSDP does this backward by itself. Forward it counts on a host that runs ahead of its device: ours waits, for
+    # the number of tokens that spread experts get, or, on a CPU, for everything.
+    for module, following in zip((model, *model.blocks), model.blocks):
+        module.set_modules_to_forward_prefetch([following])
+    if kind == "cpu":  # without streams: another thread exchanges
+        model._set_unshard_async_op(True)  # type: ignore[operator]
     model.to(world.device)  # type: ignore[arg-type]
     model.balance_group = dist.group.WORLD
 
@@ -103,16 +114,28 @@ def copies(parameter: torch.Tensor) -> int:
     return next((size for size, placement in sizes if placement.is_replicate()), 1)
 
 
-def add_up_copies(parameters: list[nn.Parameter]) -> None:
-    """Give each copy of the spread experts the sum of all copies' gradients, in one exchange."""
-    spread = [each for each in parameters if _is_spread(each) and copies(each) > 1 and each.grad is not None]
-    if not spread:
-        return
-    gradients = [local(each.grad) for each in spread]  # type: ignore[arg-type]
-    flat = torch.cat([each.flatten() for each in gradients])
-    dist.all_reduce(flat, group=spread[0].device_mesh.get_group(_COPIES))  # type: ignore[attr-defined]
-    for gradient, summed in zip(gradients, flat.split([each.numel() for each in gradients])):
-        gradient.copy_(summed.view_as(gradient))
+class CopiesSum:
+    """Gives each copy of the spread experts the sum of all copies' gradients, while the backward goes on."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._spread = [each for each in parameters if _is_spread(each) and copies(each) > 1]
+        self._under_way: dict[nn.Parameter, dist.Work] = {}
+        self._last = False
+        for each in self._spread:
+            each.register_post_accumulate_grad_hook(self._begin)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """`loss.backward()`; after the last one of a step the sums are there."""
+        self._last = last
+        loss.backward()
+        if last:
+            for each in self._spread:
+                self._under_way.pop(each).wait()
+
+    def _begin(self, parameter: nn.Parameter) -> None:
+        if self._last:
+            group = parameter.device_mesh.get_group(_COPIES)  # type: ignore[attr-defined]
+            self._under_way[parameter] = dist.all_reduce(local(parameter.grad), group=group, async_op=True)  # type: ignore[arg-type]
 
 
 def _is_spread(parameter: torch.Tensor) -> bool:

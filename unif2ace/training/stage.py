@@ -17,7 +17,7 @@ from unif2ace.model.modeling import UniF2aceOutput
 from unif2ace.training import gradients, states
 from unif2ace.training.config import TrainConfig
 from unif2ace.training.feed import Work
-from unif2ace.training.sharding import add_up_copies, shard
+from unif2ace.training.sharding import CopiesSum, shard
 from unif2ace.training.states import States
 from unif2ace.training.world import World
 
@@ -46,6 +46,7 @@ class Stage:
         self.trained = {name: each for name, each in parameters.items() if each.requires_grad}
         self.optimizer = gradients.adamw(self.trained, config.optimizer)
         self.norms = gradients.Norms(self.trained)
+        self.copies = CopiesSum(self.trained.values())
         self.ema = {name: each.detach().clone() for name, each in parameters.items()} if config.ema else {}
         encode = world.together(lambda: config.encoding.build() if config.encoding is not None else None)
         self.stream = world.together(
@@ -65,12 +66,11 @@ class Stage:
         for batch in work.batches:
             with self._autocast():
                 output = self.model(**vars(batch))
-            output.loss.backward()
+            self.copies.backward(output.loss, last=batch is work.batches[-1])
             terms = [output.terms.get(name, told.new_zeros(())) for name in TERMS]
             told += torch.stack([output.loss.detach(), *terms])
             if costly:
                 loads.append(self._named(output))
-        add_up_copies(list(self.trained.values()))
         told = torch.cat([told, self.norms.own()])
         if self.world.ranks > 1:
             dist.all_reduce(told)

@@ -35,6 +35,7 @@ class WatchConfig:
     wandb: the project at Weights & Biases to send the run to; None: none.
     progress: a progress bar on stderr.
     samples_every: steps between sample paintings and answers; 0: none.
+    profile: steps whose profile is written, by every rank.
     prompts: what is painted. questions: what is asked about the faces.
     """
 
@@ -43,6 +44,7 @@ class WatchConfig:
     wandb: str | None = None
     progress: bool = True
     samples_every: int = 0
+    profile: tuple[int, ...] = ()
     prompts: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
 
@@ -55,6 +57,9 @@ class WatchConfig:
         for name, least in (("every", 1), ("samples_every", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{where}.{name}: expected at least {least}, got {getattr(self, name)}")
+        for index, step in enumerate(self.profile):
+            if step < 0:
+                raise UserError(f"{where}.profile[{index}]: expected a step, from 0, got {step}")
         if self.samples_every and not self.prompts and not self.questions:
             raise UserError(f"{where}.samples_every: there is nothing to sample; give {where}.prompts or .questions")
         for name in ("prompts", "questions"):
