@@ -31,6 +31,12 @@ def untrained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def checkpoint(untrained) -> Checkpoint:
+    """It, loaded."""
+    return Checkpoint.load(untrained)
+
+
+@pytest.fixture
 def photograph(tmp_path, monkeypatch) -> Path:
     """The file of a picture larger than the model's, in which a face is said to be found; and of whom, no matter."""
     import cv2

@@ -32,7 +32,9 @@ from unif2ace.curation.lexicon import Lexicon
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.config import SetConfig
 from unif2ace.data.sources import open_source
-from unif2ace.endpoint import BudgetSpent, EndpointConfig, load_prompt
+from unif2ace.endpoint.config import EndpointConfig
+from unif2ace.endpoint.limits import BudgetSpent
+from unif2ace.endpoint.prompts import load_prompt
 from unif2ace.errors import UserError
 
 CARD = CardConfig("cc-by-4.0", "they signed a form", "our studio", "toys", "me@example.org")

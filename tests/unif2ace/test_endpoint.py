@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 from endpoints import Server, half, reset, said, script, serving
 
-from unif2ace.endpoint import BudgetSpent, Endpoint, EndpointConfig, Question, data_url, load_prompt
-from unif2ace.endpoint.limits import Budget, Pace
+from unif2ace.endpoint.client import Endpoint, Question, data_url
+from unif2ace.endpoint.config import EndpointConfig
+from unif2ace.endpoint.limits import Budget, BudgetSpent, Pace
+from unif2ace.endpoint.prompts import load_prompt
 from unif2ace.errors import UserError
 from unif2ace.journal import Journal
 
@@ -411,7 +413,9 @@ def test_an_endpoint_that_counts_nothing_is_counted_for(asked):
 
 KILLED = """
 import sys
-from unif2ace.endpoint import Endpoint, EndpointConfig, Question, load_prompt
+from unif2ace.endpoint.client import Endpoint, Question
+from unif2ace.endpoint.config import EndpointConfig
+from unif2ace.endpoint.prompts import load_prompt
 prompt = load_prompt(sys.argv[2])
 with Endpoint(EndpointConfig(url=sys.argv[1], model="m", concurrency=3), sys.argv[3]) as client:
     for each in client.ask_all(Question(str(n), prompt, {"thing": str(n)}) for n in range(40)):

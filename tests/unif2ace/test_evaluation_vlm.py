@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_evaluation_suite import QUICK, some_faces
+from evaluations import QUICK, some_faces
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -19,7 +20,8 @@ from transformers import (
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
-from unif2ace.evaluation.suite import Suite, SuiteConfig, VlmConfig
+from unif2ace.evaluation.config import SuiteConfig, VlmConfig
+from unif2ace.evaluation.suite import Suite
 from unif2ace.evaluation.vlm import LocalModel
 from unif2ace.evaluation.work import Work
 
@@ -87,9 +89,27 @@ def test_a_folder_s_rows_go_on_where_they_were(folder, untrained, tmp_path, monk
     with Work(Checkpoint.load(untrained), tmp_path) as first:
         row = Suite(first, some_faces(3), config).vlm("vqascore")
     assert 0 < row.value < 1 and row.count == 3 and folder.name in row.how
-    monkeypatch.setattr("unif2ace.evaluation.suite.LocalModel", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr("unif2ace.evaluation.vlm.LocalModel", lambda *_: pytest.fail("it was asked again"))
     with Work(Checkpoint.load(untrained), tmp_path) as again:
         assert Suite(again, some_faces(3), config).vlm("vqascore") == row
+
+
+def test_another_model_s_scores_are_its_own(folder, untrained, tmp_path):
+    """Under the same name too: what it said hangs on what it is."""
+    other = tmp_path / folder.name
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {name: each + 0.1 * torch.randn_like(each) for name, each in weights.items()}, other / "model.safetensors"
+    )
+    rows = []
+    for each in (folder, other, folder):
+        config = SuiteConfig(paint=QUICK, vlm=VlmConfig(folder=str(each)))
+        with Work(Checkpoint.load(untrained), tmp_path / "out") as kept:
+            rows.append(Suite(kept, some_faces(3), config).vlm("vqascore"))
+    assert rows[0] == rows[2] and rows[1].value != rows[0].value
 
 
 def test_a_folder_that_is_none_is_named(folder, tmp_path):

@@ -22,7 +22,7 @@ import yaml
 
 from unif2ace.cli import _parser
 from unif2ace.data.precompute import PrecomputeConfig
-from unif2ace.evaluation.suite import SuiteConfig
+from unif2ace.evaluation.config import SuiteConfig
 from unif2ace.settings import parse, read_settings
 from unif2ace.training.config import read_config
 from unif2ace.training.fresh import InitConfig

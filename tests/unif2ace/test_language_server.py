@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from unif2ace.cli import main
-from unif2ace.endpoint import Endpoint, EndpointConfig, Question, load_prompt
+from unif2ace.endpoint.client import Endpoint, Question
+from unif2ace.endpoint.config import EndpointConfig
 from unif2ace.endpoint.language import NEEDS, PACKAGED, REQUIREMENT, Language, Order, _common, _draw
+from unif2ace.endpoint.prompts import load_prompt
 from unif2ace.endpoint.serving import LanguageServer
 from unif2ace.errors import UserError
 

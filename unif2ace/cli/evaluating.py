@@ -32,13 +32,14 @@ def add_ablate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     from unif2ace.evaluation import page, suite
+    from unif2ace.evaluation.config import SuiteConfig
     from unif2ace.files import write_json
     from unif2ace.settings import parse, read_settings
 
     values = read_settings(parsed.config, parsed.overrides)
     if parsed.data is not None:
         values["data"] = {**(values.get("data") or {}), "path": parsed.data}
-    config = parse(suite.SuiteConfig, values, "")
+    config = parse(SuiteConfig, values, "")
     names = [suite.name_of(each) for each in parsed.runs]
     if len(set(names)) < len(names):
         names = [f"{number}-{name}" for number, name in enumerate(names, 1)]

@@ -40,7 +40,7 @@ from unif2ace.curation.writing import Record, Writer
 from unif2ace.data.config import SetConfig
 from unif2ace.data.dataset import FaceSet
 from unif2ace.data.precompute import PrecomputeConfig, precompute
-from unif2ace.endpoint import opened
+from unif2ace.endpoint.client import opened
 from unif2ace.errors import UserError
 from unif2ace.files import digest, replacing, write_json
 from unif2ace.journal import Journal

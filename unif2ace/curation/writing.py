@@ -16,7 +16,8 @@ from unif2ace.curation import filters
 from unif2ace.curation.config import BuildConfig
 from unif2ace.curation.faces import Face
 from unif2ace.curation.lexicon import Lexicon
-from unif2ace.endpoint import Endpoint, Outcome, Prompt, Question, load_prompt
+from unif2ace.endpoint.client import Endpoint, Outcome, Question
+from unif2ace.endpoint.prompts import Prompt, load_prompt
 
 PACKAGE = "unif2ace.curation"
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unif2ace.endpoint import Endpoint, Prompt, Question, load_prompt
+from unif2ace.endpoint.client import Endpoint, Question
+from unif2ace.endpoint.prompts import Prompt, load_prompt
 from unif2ace.evaluation.vlm import rating
 
 

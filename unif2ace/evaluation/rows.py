@@ -93,6 +93,10 @@ class Row:
         return {**asdict(self), **told, "paper": paper.published(self.name)}
 
 
+class Absent(Exception):
+    """A row has no value; the message says why."""
+
+
 def tally(keys: Sequence[str], values: Sequence[float]) -> dict[str, tuple[float, int]]:
     """Mean and number of the values of each key, in the keys' order of first sight."""
     found: dict[str, list[float]] = {}

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,92 +20,22 @@ from unif2ace import checksums
 from unif2ace.attributes.sources import open_source
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.data.config import SetConfig
-from unif2ace.data.encode import FRAMES
-from unif2ace.endpoint import Endpoint, EndpointConfig
 from unif2ace.errors import UserError
-from unif2ace.evaluation import distances, judge
+from unif2ace.evaluation import distances
+from unif2ace.evaluation.config import SuiteConfig
 from unif2ace.evaluation.faces import Face, Faces, kind_of, open_faces
 from unif2ace.evaluation.inception import Inception
 from unif2ace.evaluation.intervals import mean
-from unif2ace.evaluation.judge import Item
-from unif2ace.evaluation.rows import MEASURES, SUITES, Row, tally
-from unif2ace.evaluation.vlm import LocalModel
+from unif2ace.evaluation.rows import MEASURES, SUITES, Absent, Row, tally
 from unif2ace.evaluation.vqa import exact, soft
 from unif2ace.evaluation.work import Work
 from unif2ace.files import read_json, replacing, write_json
-from unif2ace.model.painting import PaintSettings
+
+if TYPE_CHECKING:
+    from unif2ace.evaluation.asker import Asker
 
 FACES = {"quick": 100, "paper": 1000}
 SHOWN = 24
-
-
-@dataclass(frozen=True)
-class VlmConfig:
-    """A vision-language model: `folder` of transformers on this machine, or `endpoint` that sees pictures."""
-
-    folder: str | None = None
-    endpoint: EndpointConfig | None = None
-
-
-@dataclass(frozen=True)
-class SuiteConfig:
-    """Attributes:
-    data: faces with captions and questions; by default a demo run's faces.npz beside its checkpoint.
-    frame: `face` finds the face and brings it into the model's frame; `square` takes the middle of the picture.
-    faces: how many; 0: 100 in the quick suite, 1000 in the paper's.
-    questions: at most so many of a face.
-    paint: how paintings are sampled.
-    answer_tokens, caption_tokens: longest answer and caption.
-    attributes: what measures attributes: `classifier:FOLDER` of `unif2ace train-attributes`, `face-parser:FILE`, or
-        `measured:FACES.npz`, which a demo run's faces have by default.
-    identity: encoder of `unif2ace.encoders` for the identity cosine; another than the model's own.
-    vlm: for VQAScore and VLM-score. judge_gpt, judge_ds: for the Desc- and Conv- scores.
-    repeats: how often a judge is asked the same.
-    device: where networks compute. seed: of everything that is drawn.
-    """
-
-    data: SetConfig | None = None
-    frame: str = "face"
-    faces: int = 0
-    questions: int = 16
-    paint: PaintSettings = PaintSettings()
-    answer_tokens: int = 16
-    caption_tokens: int = 64
-    attributes: str | None = None
-    identity: str | None = None
-    vlm: VlmConfig | None = None
-    judge_gpt: EndpointConfig | None = None
-    judge_ds: EndpointConfig | None = None
-    repeats: int = 3
-    device: str = "cpu"
-    seed: int = 0
-
-    def check(self) -> SuiteConfig:
-        """The config itself; UserError names a key that is wrong."""
-
-        def need(right: bool, name: str, expected: str) -> None:
-            if not right:
-                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-
-        need(self.frame in FRAMES, "frame", f"one of {', '.join(FRAMES)}")
-        need(self.faces >= 0, "faces", "at least 0")
-        for name in ("questions", "answer_tokens", "caption_tokens", "repeats"):
-            need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("judge_gpt", "judge_ds"):
-            if getattr(self, name) is not None:
-                getattr(self, name).check(name)
-        if self.vlm is not None:
-            if (self.vlm.folder is None) == (self.vlm.endpoint is None):
-                raise UserError("vlm: expected one of folder and endpoint")
-            if self.vlm.endpoint is not None:
-                if not self.vlm.endpoint.vision:
-                    raise UserError("vlm.endpoint.vision: expected true, of a model that sees pictures")
-                self.vlm.endpoint.check("vlm.endpoint")
-        return self
-
-
-class Absent(Exception):
-    """A row has no value; the message says why."""
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -129,8 +60,9 @@ def evaluate(run: Path, suite: str, config: SuiteConfig, out: Path) -> dict[str,
     """
     if suite not in SUITES:
         raise UserError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    ready(config.check())
     folder = checkpoint_of(run)
-    checkpoint = Checkpoint.load(folder, device=config.check().device)
+    checkpoint = Checkpoint.load(folder, device=config.device)
     source = open_source(config.attributes, config.device) if config.attributes else None
     data = config.data
     if data is None:
@@ -157,10 +89,26 @@ def evaluate(run: Path, suite: str, config: SuiteConfig, out: Path) -> dict[str,
             "left_out": [f"{where}: {reason}" for where, reason in faces.left_out[:SHOWN]],
             "left_out_count": len(faces.left_out), "config": checkpoint.model.config.to_dict(),
             "seed": config.seed, "rows": [row.plain() for row in rows], "shown": measured.shown(),
-            "endpoints": measured.spent,
+            "endpoints": measured.asker.spent if config.asked else {},
         }  # fmt: skip
     write_json(out / "result.json", result)
     return result
+
+
+def ready(config: SuiteConfig) -> None:
+    """That what models are asked with is there, before anything is painted for them.
+
+    Raises:
+        UserError: a package is not installed, or an endpoint's API key is not set.
+    """
+    if config.asked:
+        try:
+            import unif2ace.evaluation.asker  # noqa: F401
+        except ModuleNotFoundError as error:
+            names = ", ".join(config.asked)
+            raise UserError(f"{names}: {error.name} is not installed: pip install 'unif2ace[evaluation]'") from error
+    for name, endpoint in config.endpoints.items():
+        endpoint.secret(name)
 
 
 def told(result: dict[str, Any]) -> str:
@@ -206,7 +154,12 @@ class Suite:
         self._features: dict[str, np.ndarray] = {}
         self._inception: Inception | None = None
         self._agreed: dict[str, dict[str, bool]] = {}
-        self.spent: dict[str, dict[str, Any]] = {}  # of each endpoint: requests, tokens, cost
+
+    @cached_property
+    def asker(self) -> Asker:
+        from unif2ace.evaluation.asker import Asker  # it needs packages that no other row does
+
+        return Asker(self.work, self.config)
 
     def rows(self, suite: str) -> list[Row]:
         """Every row of the suite, in its order."""
@@ -328,67 +281,15 @@ class Suite:
         return Row.of(name, mean(values), f"{wanted}; no face found in {len(kept) - len(values)}")
 
     def vlm(self, name: str) -> Row:
-        config = self.config.vlm
-        if config is None:
+        if self.config.vlm is None:
             raise Absent("no vision-language model is named: --vlm.folder=FOLDER or --vlm.endpoint.url=...")
-        shown = [Item(name, face.key, {"caption": prompt}, image) for face, prompt, image in self.paintings]
-        if config.endpoint is not None:
-            prompt = judge.prompt_of({"vqascore": "vqascore", "vlm_score": "vlm-score"}[name])
-            score = judge.said_yes if name == "vqascore" else judge.rated
-            note = "share of yes over the repetitions, not a probability; " if name == "vqascore" else ""
-            return self._asked(name, config.endpoint, prompt, shown, score, note)
-        done = self.work.journal(name)
-        missing = [item for item in shown if item.face not in done]
-        if missing:
-            model = LocalModel(Path(config.folder or ""), self.config.device)
-            rate = model.vqascore if name == "vqascore" else model.vlm_score
-            for item in missing:
-                done.put(item.face, rate([item.image], [item.values["caption"]])[0])  # type: ignore[list-item]
-        values = {item.face: done.get(item.face) for item in shown}
-        told = {key: value for key, value in values.items() if value is not None}
-        if not told:
-            raise Absent("the model said a number of none of the paintings")
-        how = f"{Path(config.folder or '').name}; no number in {len(values) - len(told)}"
-        return Row.of(name, mean(list(told.values())), how)
+        return self.asker.looked(name, self.paintings)
 
     def judged(self, name: str) -> Row:
         kind, _, who = name.partition("_")
-        endpoint = self.config.judge_gpt if who == "gpt" else self.config.judge_ds
-        if endpoint is None:
+        if getattr(self.config, f"judge_{who}") is None:
             raise Absent(f"no judge is named: --judge_{who}.url=... and --judge_{who}.model=...")
-        if kind == "desc":
-            captions = self.captions
-            items = [Item("caption", each["face"], {"reference": each["references"][0], "given": each["given"]})
-                     for each in captions]  # fmt: skip
-            return self._asked(name, endpoint, judge.prompt_of("judge-description"), items, judge.judged)
-        items = [
-            Item(key, each["face"],
-                 {"question": each["question"], "reference": " / ".join(each["references"]), "given": each["given"]})
-            for key, each in self.answers.items()
-        ]  # fmt: skip
-        return self._asked(name, endpoint, judge.prompt_of("judge-answer"), items, judge.judged)
-
-    def _asked(
-        self, name: str, config: EndpointConfig, prompt: Any, items: list[Item], score: Callable[[Any], float | None],
-        note: str = "",
-    ) -> Row:  # fmt: skip
-        """A row of what an endpoint answers; the rows that ask one share its folder, and so its budget."""
-        who = {"gpt": "judge_gpt", "ds": "judge_ds"}.get(name.partition("_")[2], "vlm")
-        with Endpoint(config, self.work.folder / "endpoints" / who) as endpoint:
-            try:
-                verdict = judge.ask(endpoint, prompt, items, self.config.repeats, score)
-            finally:
-                self.spent[who] = endpoint.counts()
-        if not verdict.asked:
-            raise Absent(f"{config.model} answered none of {len(items) * self.config.repeats} questions as asked")
-        spread = verdict.spread
-        how = (
-            f"{note}{config.model}, prompt {prompt.name} {prompt.version}, asked {self.config.repeats} times"
-            + (f", means spread by {spread:.3f}" if spread is not None else "")
-            + (f"; {verdict.refused} never answered as asked" if verdict.refused else "")
-            + (f"; {verdict.missing} not answered yet: run it again" if verdict.missing else "")
-        )
-        return Row.of(name, mean([each.score for each in verdict.asked], [each.face for each in verdict.asked]), how)
+        return self.asker.described(name, self.captions) if kind == "desc" else self.asker.answered(name, self.answers)
 
     @property
     def answers(self) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unif2ace.endpoint import Prompt, load_prompt
+from unif2ace.endpoint.prompts import Prompt, load_prompt
 from unif2ace.errors import UserError
 
 _YES = ("Yes", "yes", " Yes", " yes")
