@@ -72,9 +72,12 @@ class Checkpoint:
         """Write the folder, whole or not at all: beside `folder` first, then in its place.
 
         Raises:
-            UserError: the file system refuses; an older checkpoint at `folder` is untouched.
+            UserError: the file system refuses, then an older checkpoint at `folder` is untouched; or what is there is
+                no checkpoint of ours, so that nothing else is ever lost to one.
         """
         folder = Path(folder)
+        if not _gives_way(folder):
+            raise UserError(f"{folder} is there and is no checkpoint: name another folder, or remove it")
         partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
         try:
             partial.mkdir(parents=True)
@@ -114,6 +117,21 @@ class Checkpoint:
                 "the other; put all files of one training run together"
             )
         return cls(model.eval(), processor)
+
+
+def _gives_way(folder: Path) -> bool:
+    """Whether a checkpoint may take this place: there is nothing, an empty folder, or another checkpoint."""
+    if not folder.name or (folder.exists() and not folder.is_dir()):
+        return False
+    if not folder.exists():
+        return True
+    path = folder / CONFIG
+    if not path.is_file():
+        return not any(folder.iterdir())
+    with contextlib.suppress(UserError):
+        described = read_json(path)
+        return isinstance(described, dict) and described.get("model_type") == UniF2aceConfig.model_type
+    return False
 
 
 def read_config(folder: Path) -> UniF2aceConfig:

@@ -219,6 +219,30 @@ def test_a_tokenizer_without_an_end_is_not_taken(saved):
     assert_one_line(saved, TEXT)
 
 
+@pytest.mark.parametrize("there", ["file", "run", "another model", "damaged", "here"])
+def test_nothing_but_a_checkpoint_gives_way_to_one(there, tmp_path, monkeypatch):
+    """A mistyped folder is not removed with all that is in it."""
+    folder = tmp_path / "there"
+    if there == "file":
+        folder.write_text("keep me")
+    else:
+        folder.mkdir()
+        (folder / ("weeks.bin" if there in ("run", "here") else CONFIG)).write_text(
+            '{"model_type": "llama"}' if there == "another model" else "keep me"
+        )
+    if there == "here":
+        monkeypatch.chdir(folder)
+    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    with pytest.raises(UserError, match="is no checkpoint: name another folder"):
+        make().save("." if there == "here" else folder)
+    assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
+
+
+def test_an_empty_folder_gives_way(tmp_path):
+    make().save(tmp_path)
+    assert same_outputs(Checkpoint.load(tmp_path), make())
+
+
 def assert_old_one_is_whole(saved) -> None:
     assert os.listdir(saved.parent) == ["checkpoint"]
     assert same_outputs(Checkpoint.load(saved), make())
