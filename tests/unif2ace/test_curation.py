@@ -14,6 +14,7 @@ from endpoints import Server, said
 from toy_source import Toy, picture, save, stand_ins  # noqa: F401
 
 from unif2ace.attributes.base import Attribute
+from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.cli import main
 from unif2ace.curation import filters
 from unif2ace.curation.build import attribute_source, build
@@ -28,7 +29,6 @@ from unif2ace.curation.config import (
     QuestionsConfig,
 )
 from unif2ace.curation.faces import check_faces, picture_files, quality, repeated
-from unif2ace.curation.lexicon import Lexicon
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.config import SetConfig
 from unif2ace.data.sources import open_source
@@ -55,6 +55,7 @@ TRAITS = Lexicon({"eyeglasses": ("yes", "no"), "hair colour": ("black", "blond")
          {"mouth": {"smiling"}, "facing": {"left"}, "lighting": {"soft"}}),
         ("A bright warm green background", {"background": {"bright"}, "tint": {"warm"}, "greenery": {"green"}}),
         ("dark clothes and light hair", {"clothes": {"dark"}, "hair": {"light"}}),
+        ("with a smile on their face", {"mouth": {"smiling"}}), ("no smile", {}),
         ("dark hair, medium hair", {"hair": {"dark", "medium"}}), ("", {}), ("a dark day", {}),
     ],
 )  # fmt: skip

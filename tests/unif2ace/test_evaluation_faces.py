@@ -9,6 +9,7 @@ import pytest
 import sets
 from evaluations import Light
 
+from unif2ace.attributes.measured import Measured
 from unif2ace.attributes.sources import open_source
 from unif2ace.data.config import SetConfig
 from unif2ace.errors import UserError
@@ -48,6 +49,7 @@ def test_a_set_without_a_face_says_why(tmp_path, monkeypatch):
         ("Does the person wear eyeglasses?", "yes", ("eyeglasses", "appearance")),
         ("What does the mouth do?", "a smile", ("smile", "action")),
         ("How does the person feel?", "a sad expression", ("emotion", "emotion")),
+        ("How light is the hair?", "dark", ("hair", "appearance")),
         ("What time is it?", "noon", ("other", "other")),
     ],
 )
@@ -60,6 +62,12 @@ def test_a_caption_tells_its_attributes():
     assert told("A man with no hat and fair hair.") == {"hat": "no", "hair colour": "blond"}
     assert told("someone in a HAT, no whiskers") == {"hat": "yes", "whiskers": "no"}
     assert told("a chat on hats") == {}
+    told = teller(Measured.categories)
+    assert told("a person with big smile, facing left, soft light on the face, bright warm green background") == {
+        "mouth": "smiling", "facing": "left", "lighting": "soft", "background": "bright", "tint": "warm",
+        "greenery": "green",
+    }  # fmt: skip
+    assert told("dark hair, and then light hair") == {}, "neither of two is told"
 
 
 def test_the_demo_s_held_out_faces(tmp_path):

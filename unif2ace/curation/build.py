@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from unif2ace.attributes.base import Attribute, AttributeSource
 from unif2ace.attributes.combine import combine
+from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.attributes.measured import Measured
 from unif2ace.attributes.sources import SOURCES, open_source
 from unif2ace.curation import card, faces
 from unif2ace.curation.config import BuildConfig
 from unif2ace.curation.faces import Face
-from unif2ace.curation.lexicon import Lexicon
 from unif2ace.curation.writing import Record, Writer
 from unif2ace.data.config import SetConfig
 from unif2ace.data.dataset import FaceSet

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.curation import filters
 from unif2ace.curation.config import CardConfig
-from unif2ace.curation.lexicon import Lexicon
 from unif2ace.curation.writing import Record
 from unif2ace.files import replacing
 

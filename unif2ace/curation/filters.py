@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-from unif2ace.curation.lexicon import Lexicon
+from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.endpoint.prompts import Prompt
 
 Truth = Mapping[str, str]  # category -> value, of one face

@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from unif2ace.attributes.base import Attribute
+from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.curation import filters
 from unif2ace.curation.config import BuildConfig
 from unif2ace.curation.faces import Face
-from unif2ace.curation.lexicon import Lexicon
 from unif2ace.endpoint.client import Endpoint, Outcome, Question
 from unif2ace.endpoint.prompts import Prompt, load_prompt
 

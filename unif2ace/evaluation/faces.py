@@ -15,6 +15,7 @@ import numpy as np
 
 from unif2ace.attributes.base import AttributeSource
 from unif2ace.attributes.categories import CATEGORIES, phrases
+from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.attributes.measured import Measured
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
@@ -85,6 +86,10 @@ class Faces:
 _KINDS = {each.name: "action" if each.name in ("mouth", "facing") else "appearance" for each in ATTRIBUTES}
 
 
+_VALUES = {name: each.values for name, each in CATEGORIES.items()}
+_MEASURED = {each.name: each.words for each in ATTRIBUTES}
+
+
 def kind_of(category: str) -> str:
     """Appearance, action or emotion; `OTHER` of a category that is not known."""
     return CATEGORIES[category].kind if category in CATEGORIES else _KINDS.get(category, OTHER)
@@ -133,7 +138,7 @@ def open_faces(
         return faces
     opened = open_source(config, "data")
     framed = {"face": face_frame, "square": square_frame}[frame]
-    told = teller(source.categories if source is not None else {name: each.values for name, each in CATEGORIES.items()})
+    told = teller(source.categories if source is not None else _VALUES)
     items: list[Face] = []
     left_out: list[tuple[str, str]] = list(opened.damaged)
     keys: set[str] = set()
@@ -170,32 +175,30 @@ def _questions(sample: Sample) -> tuple[Question, ...]:
 
 
 def subject(question: str, answer: str) -> tuple[str, str]:
-    """The category that a question is on, and its kind: the longest name of one, or phrase of a value, that it says."""
-    best: tuple[int, str] = (0, OTHER)
-    for part in (question, answer):
-        for name, category in CATEGORIES.items():
-            for words in (name, *(each for value in category.values for each in phrases(name, value))):
-                if len(words) > best[0] and _says(part, words):
-                    best = (len(words), name)
-        if best[0]:
-            break
-    return best[1], kind_of(best[1])
+    """The category that a question is on, and its kind: the longest name of one, or phrase of a value, that it says.
+
+    What the question says comes before what the answer does, and the label sets' categories before the demo's.
+    """
+    for known in (_VALUES, _MEASURED):
+        for part in (question, answer):
+            said = [
+                (len(words), name)
+                for name, values in known.items()
+                for words in (name, *(each for value in values for each in phrases(name, value)))
+                if _says(part, words)
+            ]
+            if said:
+                name = max(said, key=lambda each: each[0])[1]
+                return name, kind_of(name)
+    return OTHER, kind_of(OTHER)
 
 
 def teller(categories: dict[str, tuple[str, ...]]) -> Told:
-    """Finds a category's value where a caption says one of its phrases; the longest wins ("no hat" over "hat")."""
-    table = sorted(
-        ((words, name, value) for name, values in categories.items() for value in values
-         for words in phrases(name, value)),
-        key=lambda each: -len(each[0]),
-    )  # fmt: skip
+    """Of a caption, each category's value where it says one, and one alone."""
+    lexicon = Lexicon(categories)
 
     def told(text: str) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for words, name, value in table:
-            if name not in found and _says(text, words):
-                found[name] = value
-        return found
+        return {name: next(iter(said)) for name, said in lexicon.claims(text).items() if len(said) == 1}
 
     return told
 

@@ -51,7 +51,7 @@ _SAID: dict[str, dict[str, tuple[str, ...]]] = {
     "facing": {each: (f"face looking {each}",) for each in ("left", "ahead", "right")},
     "forehead": {each: (f"{each} forehead",) for each in ("covered", "bare")},
 }
-_ALONE = {"mouth": {"smiling": "smiling|smiles|grinning"}}  # tell by themselves
+_ALONE = {"mouth": {"smiling": "smile|smiling|smiles|grinning"}}  # tell by themselves
 _CLAUSE = re.compile(r"[,.;:!?()]|\b(?:and|with|while|but|or|against|in front of|under)\b")
 _DENIED = re.compile(r"\b(?:no|not|without|isn't|aren't|doesn't|don't|never|lacks?|free of)\b(?:\W+\w+){0,2}\W*$")
 _WORD = re.compile(r"[a-z']+")
