@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 # Of one picture. A file of a few kilobytes can claim a billion, which would be decoded into gigabytes.
 LARGEST_PIXELS = 64_000_000
+LONGEST = 100  # times the other side: of what is thinner, face finders' smaller copies would have no pixel
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # JPEG reads MPO as well
 
 
@@ -17,7 +18,8 @@ def decode(content: bytes) -> np.ndarray:
     """A picture's file as [H, W, 3] uint8 RGB, turned as it says that it was held, transparent parts on white.
 
     Raises:
-        ValueError: it is no picture, or has more than `LARGEST_PIXELS`; the message ends a sentence on the file.
+        ValueError: it is no picture, has more than `LARGEST_PIXELS`, or is too thin; the message ends a sentence on
+            the file.
     """
     import cv2  # whoever reads no picture, as training on shards, has no need of it
 
@@ -25,6 +27,8 @@ def decode(content: bytes) -> np.ndarray:
     width, height = header.size
     if width * height > LARGEST_PIXELS:
         raise ValueError(f"is a picture of {width} x {height} pixels, more than {LARGEST_PIXELS}: give a smaller one")
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(f"is a picture of {width} x {height} pixels, too thin to show a face")
     if header.has_transparency_data:
         return _on_white(header)
     try:

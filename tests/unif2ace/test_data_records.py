@@ -154,6 +154,11 @@ def test_ways_to_write_a_conversation(value, expected, tmp_path):
         ({"caption": 7}, "caption: expected a text or a list of them, got 7"),
         ({"caption": "c", "image": 7}, "image: expected a file name or bytes, got 7"),
         ({"text": 7}, "field text: expected a text, got 7"),
+        ({"caption": "\ud83d"}, "a text of it is no Unicode"),
+        ({"caption": "a", "conversations": [{"question": "\ud83d", "answer": "a"}]}, "no Unicode"),
+        ({"caption": "a", "conversations": [{"question": "a", "answer": "\ud83d"}]}, "no Unicode"),
+        ({"text": "\ud83d"}, "no Unicode"),
+        ({"caption": "a", "id": "\ud83d"}, "no Unicode"),
         ([], "expected a record with its fields"),
     ],
 )

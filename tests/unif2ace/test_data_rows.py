@@ -252,7 +252,6 @@ def test_by_default_all_rows_are_as_long_as_a_painting(text, model):
         ({"semantic": np.ones((2, 4))}, r"its semantic features are \[2, 4\], this model's \[2, 5\]", True),
         ({"identity": np.full(6, np.nan)}, "its identity features are not finite", True),
         ({"conversations": ((("  ", "dark"),),)}, "a text of it is empty", False),
-        ({"conversations": ((("\ud800", "dark"),),)}, "no Unicode", True),
     ],
 )
 def test_a_sample_that_cannot_be_a_row(text, model, changes, reason, corrupt):

@@ -55,6 +55,13 @@ def test_other_modes():
     assert decode(file_of(Image.fromarray(grey[:1, :1]))).shape == (1, 1, 3)
 
 
+@pytest.mark.parametrize("shape", [(1, 101), (3000, 29)])
+def test_a_line_is_no_picture_of_a_face(shape):
+    with pytest.raises(ValueError, match=rf"of {shape[1]} x {shape[0]} pixels, too thin to show a face"):
+        decode(file_of(Image.fromarray(np.zeros(shape, np.uint8))))
+    assert decode(file_of(Image.fromarray(np.zeros((1, 100), np.uint8)))).shape == (1, 100, 3)
+
+
 @pytest.mark.parametrize("cut", [0, 10, 40])
 def test_damaged(cut):
     transparent = np.random.default_rng(0).integers(0, 255, (40, 40, 4), dtype=np.uint8)

@@ -153,7 +153,7 @@ def sample_of(record: Mapping[str, Any], fields: FieldMap, where: str, key: str,
     text = look_up(record, fields.text)
     if text is not None and not isinstance(text, str):
         raise SampleError(where, f"field {fields.text}: expected a text, got {text!r:.80}")
-    return Sample(
+    sample = Sample(
         key=key if own is None else str(own),
         where=where,
         image=_image(look_up(record, fields.image), images, where),
@@ -161,6 +161,12 @@ def sample_of(record: Mapping[str, Any], fields: FieldMap, where: str, key: str,
         conversations=_conversations(record, fields, where),
         text=text,
     )
+    said = [each for turns in sample.conversations for turn in turns for each in turn]
+    try:
+        "".join([sample.key, text or "", *sample.captions, *said]).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character: no tokenizer takes it, no file holds it
+        raise SampleError(where, f"a text of it is no Unicode ({error.reason})") from error
+    return sample
 
 
 def _image(value: Any, images: Path | None, where: str) -> Path | bytes | None:
