@@ -1,10 +1,12 @@
-"""Inputs that every implementation of the sampling ops is held to: the edges and what surrounds them."""
+"""Inputs that every implementation of the sampling ops is held to, the edges and what surrounds them."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+
+from unif2ace_kernels import _philox
 
 SEED, OFFSET = 2**62 + 5, 2**32 + 77  # of the offset the low 32 bits count
 # (temperature, top_k, top_p)
@@ -51,3 +53,32 @@ def confidences(length: int) -> tuple[torch.Tensor, ...]:
     confidence[10, ::2] = -0.0  # ties with 0.0
     count = torch.tensor([0, 1, 5, 1, length // 2, 1, 3, length // 3, length, -3, length // 2, 10**12])
     return confidence, unknown, count, torch.randint(2**32, (12, length), generator=rng)
+
+
+def head(rows, hidden, codes, dtype=torch.float32, seed=3):
+    """(hidden states of both branches, weight, bias, ids, rows); one code is banned, some rows are known."""
+    rng = torch.Generator().manual_seed(seed)
+    h = torch.randn(2, rows, hidden, generator=rng).to(dtype)
+    weight = (2 * torch.randn(codes + FIRST + 2, hidden, generator=rng) / hidden**0.5).to(dtype)
+    bias = torch.randn(codes + FIRST + 2, generator=rng).to(dtype)
+    bias[FIRST + codes // 2] = 0 if codes == 1 else -torch.inf
+    ids = torch.where(torch.rand(rows, generator=rng) < 0.3, 4, -1)
+    return h, weight, bias, ids, torch.randint(2**32, (rows,), generator=rng)
+
+
+def clear(h, weight, bias, rows, codes, guidance, temperature):
+    """Rows whose best score leads by more than any rounding of their float32 sums, and the best codes, in float64."""
+    folded = ((1 + guidance) * h[0].float() - guidance * h[1].float()).to(weight.dtype).double()
+    z = (folded @ weight.double().T + (0 if bias is None else bias.double()))[:, FIRST : FIRST + codes]
+    score = z
+    if temperature:
+        noise = _philox.gumbel(_philox.random_words(*words(), rows, codes, _philox.TOKEN_STREAM))
+        score = z / temperature + noise.double()
+    best = score.topk(min(2, codes)).values
+    return best[:, 0] - best[:, -1] > 1e-4 if codes > 1 else torch.ones(len(z), dtype=torch.bool), score.argmax(-1), z
+
+
+def assert_same_draw(ours, want, atol=5e-6):
+    """The same ids; confidences may round otherwise."""
+    assert torch.equal(ours[0].cpu(), want[0])
+    torch.testing.assert_close(ours[1].cpu(), want[1], rtol=1e-5, atol=atol)
