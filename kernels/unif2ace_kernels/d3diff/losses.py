@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from .._checks import expect, expect_tensor
+from .arguments import (
+    FLOATS,
+    check_head,
+    expect_logits,
+    expect_probabilities,
+    expect_samples,
+    expect_targets,
+    flatten,
+    flatten_labels,
+    may_look,
+    objective_of,
+)
 from .objective import Coefficients, Objective, RowWeights, mean_rows, row_weights
 from .ops import head_op, logits_op, noise_op
 from .rows_torch import accumulation_dtype, exponent, penalty
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LossStats(NamedTuple):
@@ -76,9 +85,9 @@ def noise(
         ValueError: wrong shapes, dtypes or devices; with checks also m outside (0, 1].
     """
     expect_tensor(tokens, "tokens", shape=("B", "N"), dtypes=(torch.int64,))
-    expect_tensor(mask_prob, "mask_prob", shape=(tokens.shape[0],), dtypes=_FLOATS, device_of=("tokens", tokens))
-    if _may_look(mask_prob, check_values):
-        _expect_probabilities(mask_prob)
+    expect_tensor(mask_prob, "mask_prob", shape=(tokens.shape[0],), dtypes=FLOATS, device_of=("tokens", tokens))
+    if may_look(mask_prob, check_values):
+        expect_probabilities(mask_prob)
     noised, mask = noise_op(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row)
     return noised, mask
 
@@ -120,21 +129,21 @@ def loss(
 
     Source: UniF2ace, L_D3Diff; Lou et al., SEDD (2024), score entropy; the readings are in the room's README.
     """
-    objective = _objective(objective, options)
-    hidden, targets, sample_id = _flatten(hidden, "hidden", targets, mask_prob, sample_id)
-    _check_head(hidden, weight, bias)
+    objective = objective_of(objective, options)
+    hidden, targets, sample_id = flatten(hidden, "hidden", targets, mask_prob, sample_id)
+    check_head(hidden, weight, bias)
     vocabulary = weight.shape[0]
     columns = objective.columns(vocabulary)
     valid = targets != ignore_index
-    look = _may_look(hidden, check_values)
+    look = may_look(hidden, check_values)
     if look:
-        _expect_targets(targets, valid, objective.target_range(vocabulary))
-        _expect_samples(mask_prob, sample_id)
+        expect_targets(targets, valid, objective.target_range(vocabulary))
+        expect_samples(mask_prob, sample_id)
     rows = row_weights(objective, valid, mask_prob, sample_id, columns[1] - columns[0])
     weights = rows.combined(objective.ce_coef, objective.alpha)
     value, *terms = _head(hidden, weight, bias, targets, None, weights, [columns], objective.code_range, ignore_index)
     if look:
-        _expect_logits(terms[1], strict=check_values is True)
+        expect_logits(terms[1], strict=check_values is True)
     return value, _stats(rows, *terms)
 
 
@@ -150,20 +159,20 @@ def loss_from_logits(
     **options: Any,
 ) -> tuple[torch.Tensor, LossStats]:
     """`loss` for those who have the logits of the whole vocabulary, [T, V] or [B, N, V]; otherwise as `loss`."""
-    objective = _objective(objective, options)
-    logits, targets, sample_id = _flatten(logits, "logits", targets, mask_prob, sample_id)
+    objective = objective_of(objective, options)
+    logits, targets, sample_id = flatten(logits, "logits", targets, mask_prob, sample_id)
     vocabulary = logits.shape[1]
     start, end = objective.columns(vocabulary)
     valid = targets != ignore_index
-    look = _may_look(logits, check_values)
+    look = may_look(logits, check_values)
     if look:
-        _expect_targets(targets, valid, objective.target_range(vocabulary))
-        _expect_samples(mask_prob, sample_id)
+        expect_targets(targets, valid, objective.target_range(vocabulary))
+        expect_samples(mask_prob, sample_id)
     rows = row_weights(objective, valid, mask_prob, sample_id, end - start)
     weights, size = _normalised(rows.combined(objective.ce_coef, objective.alpha), logits.dtype)
     value, *terms = logits_op(logits, targets, *weights, start, end, objective.code_range, ignore_index)
     if look:
-        _expect_logits(terms[1], strict=check_values is True)
+        expect_logits(terms[1], strict=check_values is True)
     return value if size is None else value * size, _stats(rows, *terms)
 
 
@@ -197,20 +206,20 @@ def next_token_loss(
     if shift:
         expect(labels.dim() == 2, "labels", "shape [B, N] with shift=True", list(labels.shape))
         labels = shift_labels(labels, ignore_index)
-    hidden, labels = _flatten_labels(hidden, "hidden", labels, "labels")
-    _check_head(hidden, weight, bias)
+    hidden, labels = flatten_labels(hidden, "hidden", labels, "labels")
+    check_head(hidden, weight, bias)
     start, end = (0, weight.shape[0]) if columns is None else columns
     expect(0 <= start < end <= weight.shape[0], "columns", f"0 <= start < end <= V = {weight.shape[0]}", columns)
     valid = labels != ignore_index
-    look = _may_look(hidden, check_values)
+    look = may_look(hidden, check_values)
     if look:
-        _expect_targets(labels, valid, (start, end), "labels")
+        expect_targets(labels, valid, (start, end), "labels")
     rows = mean_rows(valid)
     value, *terms = _head(
         hidden, weight, bias, labels, None, rows.combined(1.0, 0.0), [(start, end)], (start, end), ignore_index
     )
     if look:
-        _expect_logits(terms[1], strict=check_values is True)
+        expect_logits(terms[1], strict=check_values is True)
     return value, _stats(rows, *terms)
 
 
@@ -246,20 +255,20 @@ def joint_loss(
     Raises:
         ValueError: as `loss`.
     """
-    objective = _objective(objective, options)
+    objective = objective_of(objective, options)
     expect_tensor(hidden, "hidden", shape=("T", "D"))
-    hidden, targets, _ = _flatten(hidden, "hidden", targets, mask_prob, sample_id)
+    hidden, targets, _ = flatten(hidden, "hidden", targets, mask_prob, sample_id)
     expect_tensor(is_image, "is_image", shape=targets.shape, dtypes=(torch.bool,), device_of=("hidden", hidden))
-    _check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias)
     vocabulary = weight.shape[0]
     columns = objective.columns(vocabulary)
     valid = targets != ignore_index
     image, text = valid & is_image, valid & ~is_image
-    look = _may_look(hidden, check_values)
+    look = may_look(hidden, check_values)
     if look:
-        _expect_targets(targets, image, objective.target_range(vocabulary))
-        _expect_targets(targets, text, (0, vocabulary))
-        _expect_samples(mask_prob, sample_id[is_image])
+        expect_targets(targets, image, objective.target_range(vocabulary))
+        expect_targets(targets, text, (0, vocabulary))
+        expect_samples(mask_prob, sample_id[is_image])
     image_rows = row_weights(objective, image, mask_prob, torch.where(is_image, sample_id, 0), columns[1] - columns[0])
     text_rows = mean_rows(text)
     weights = image_rows.combined(image_coef * objective.ce_coef, image_coef * objective.alpha)
@@ -274,7 +283,7 @@ def joint_loss(
         objective.code_range, ignore_index,
     )  # fmt: skip
     if look:
-        _expect_logits(terms[1], strict=check_values is True)
+        expect_logits(terms[1], strict=check_values is True)
     return value, JointStats(*(_stats(rows, *terms, one_of_two=True) for rows in (image_rows, text_rows)))
 
 
@@ -348,93 +357,3 @@ def _stats(
         score = score + total(rows.mass, mass)
     constant = torch.zeros_like(share) if rows.constant is None else rows.constant.to(ce.dtype)
     return LossStats(ce.sum() * share, score.to(ce.dtype), constant, lse.sum() * share, rows.number, hit.sum() * share)
-
-
-def _objective(objective: Objective | None, options: dict[str, Any]) -> Objective:
-    if objective is None:
-        return Objective(**options)
-    expect(not options, "objective", "no keywords of its fields beside it", ", ".join(options))
-    return objective
-
-
-def _flatten_labels(
-    rows: torch.Tensor, name: str, targets: torch.Tensor, targets_name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, *] and [T], from either layout."""
-    expect_tensor(rows, name, dtypes=_FLOATS)
-    expect(rows.dim() in (2, 3), name, "shape [T, *] or [B, N, *]", f"shape {list(rows.shape)}")
-    expect(rows.numel() > 0, name, "at least one row and one column", f"shape {list(rows.shape)}")
-    expect_tensor(targets, targets_name, shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows))
-    return rows.reshape(-1, rows.shape[-1]), targets.reshape(-1).contiguous()
-
-
-def _flatten(
-    rows: torch.Tensor,
-    name: str,
-    targets: torch.Tensor,
-    mask_prob: torch.Tensor,
-    sample_id: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """[T, *], [T] and the sample of each row, from either layout; None where sample b is row b of [B, N, *]."""
-    flat = _flatten_labels(rows, name, targets, "targets")
-    batch = rows.shape[0] if rows.dim() == 3 and sample_id is None else "B"
-    expect_tensor(mask_prob, "mask_prob", shape=(batch,), dtypes=_FLOATS, device_of=(name, rows))
-    expect(mask_prob.shape[0] > 0, "mask_prob", "at least one sample", "shape [0]")
-    if sample_id is None:
-        expect(rows.dim() == 3, "sample_id", f"int64 [T] with {name} [T, *]", None)
-        return *flat, None
-    expect_tensor(sample_id, "sample_id", shape=rows.shape[:-1], dtypes=(torch.int64,), device_of=(name, rows))
-    return *flat, sample_id.reshape(-1)
-
-
-def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    expect_tensor(weight, "weight", shape=("V", hidden.shape[-1]), dtypes=_FLOATS, device_of=("hidden", hidden))
-    if bias is not None:
-        expect_tensor(bias, "bias", shape=(weight.shape[0],), dtypes=_FLOATS, device_of=("hidden", hidden))
-
-
-def _may_look(tensor: torch.Tensor, check_values: bool | None) -> bool:
-    if check_values is None:
-        return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    return check_values
-
-
-def _expect_probabilities(mask_prob: torch.Tensor) -> None:
-    if mask_prob.numel() == 0:
-        return
-    low, high = (each.item() for each in mask_prob.aminmax())
-    if not (low > 0 and high <= 1):  # a NaN is neither
-        bad = mask_prob[~((mask_prob > 0) & (mask_prob <= 1))]
-        expect(False, "mask_prob", "values in (0, 1]", bad[:4].tolist())
-
-
-def _expect_targets(
-    targets: torch.Tensor, valid: torch.Tensor, allowed: tuple[int, int], name: str = "targets"
-) -> None:
-    low, high = (each.item() for each in torch.where(valid, targets, allowed[0]).aminmax())
-    if low < allowed[0] or high >= allowed[1]:
-        bad = targets[valid & ((targets < allowed[0]) | (targets >= allowed[1]))]
-        wanted = f"tokens in [{allowed[0]}, {allowed[1]}) or ignore_index"
-        expect(False, name, wanted, bad[:4].tolist())
-
-
-def _expect_samples(mask_prob: torch.Tensor, sample_id: torch.Tensor | None) -> None:
-    _expect_probabilities(mask_prob)
-    if sample_id is None or sample_id.numel() == 0:
-        return
-    bad = (sample_id < 0) | (sample_id >= mask_prob.shape[0])
-    if bool(bad.any()):
-        expect(False, "sample_id", f"values in [0, B = {mask_prob.shape[0]})", sample_id[bad][:4].tolist())
-    if bool((sample_id[1:] < sample_id[:-1]).any()):
-        expect(False, "sample_id", "rows of a sample together, in order", "a smaller id after a larger one")
-
-
-def _expect_logits(lse: torch.Tensor, *, strict: bool) -> None:
-    """No labelled row of -inf alone; `strict`: nothing that is not finite either. Rows without a label have lse 0."""
-    low, high = (each.item() for each in lse.detach().aminmax())
-    if low == -math.inf:
-        rows = (lse == -torch.inf).nonzero()[:4, 0].tolist()
-        expect(False, "logits", "a logit above -inf in every row", f"-inf alone in rows {rows}")
-    if strict and not (low > -math.inf and high < math.inf):
-        rows = (~lse.isfinite()).nonzero()[:4, 0].tolist()
-        expect(False, "logits", "finite values in every labelled row", f"NaN or inf in rows {rows}")
