@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL_NEEDS = ("transformers", "PIL")  # what the model cannot be imported without
 
 
 def _git(*arguments: str) -> str | None:
@@ -39,6 +42,16 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def not_found(packages: Iterable[str], folders: Iterable[str] = ()) -> list[str]:
+    """Those of the packages that are neither installed nor in one of the folders."""
+    inside = [Path(each) for each in folders]
+    return [
+        each
+        for each in packages
+        if not (importlib.util.find_spec(each) or any((folder / each).is_dir() for folder in inside))
+    ]
 
 
 def cpu_name() -> str:

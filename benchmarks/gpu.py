@@ -12,7 +12,6 @@ benches.jsonl (see run.py), stages.log (all output). The exit status is 1 if a s
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -23,19 +22,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .environment import ROOT, commit, versions
+from .environment import MODEL_NEEDS, ROOT, commit, not_found, versions
 from .stages import Stage, run_stages, summary
 
 NO_CUDA = "no CUDA device"
 CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
 _PYTHON = sys.executable
-_OF_MODEL = (
-    "model.step",
-    "model.block",
-    "model.forward",
-    "sampling.generate",
-    "transformers.experts",
-)  # need transformers
+_OF_MODEL = ("model.step", "model.block", "model.forward", "sampling.generate", "transformers.experts")
+_FIRST_IMPORT_S = 200  # of torch, on a machine that has not read its files before
 
 _REPORT = """
 import json, torch
@@ -60,11 +54,10 @@ sys.exit(any(part in missing and shutil.which(tool) for part, tool in tools.item
 # A process a file, a core each: most of their time goes into compiling kernels. Whether a file has tests for a GPU is
 # seen in its text, since importing torch to find none would cost seconds a file.
 _TESTS = """
-import concurrent.futures, glob, importlib.util, os, subprocess, sys
-only_gpu, arguments = sys.argv[1] == "gpu", sys.argv[2:]
-folders = ["kernels"] + ["unif2ace"] * (only_gpu and importlib.util.find_spec("transformers") is not None)
-files = [file for folder in folders for file in sorted(glob.glob(f"tests/{folder}/test_*.py"))]
-if only_gpu:
+import concurrent.futures, glob, os, subprocess, sys
+folder, which, *arguments = sys.argv[1:]
+files = sorted(glob.glob(f"tests/{folder}/test_*.py"))
+if which == "gpu":
     files = [file for file in files if "mark.gpu" in open(file).read()]
 command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *arguments]
 def run(file):
@@ -89,10 +82,10 @@ def _python(*arguments: str) -> list[str]:
     return [_PYTHON, *arguments]
 
 
-def _output(command: Sequence[str]) -> str:
+def _output(command: Sequence[str], seconds: float = 60) -> str:
     """What a command prints, or why it does not run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not available: {error}"
     return (done.stdout + done.stderr).strip()
@@ -100,7 +93,7 @@ def _output(command: Sequence[str]) -> str:
 
 def machine() -> dict:
     """GPU, driver, compiler and package versions, found without importing torch into this process."""
-    report = _output(_python("-c", _REPORT)).splitlines()
+    report = _output(_python("-c", _REPORT), _FIRST_IMPORT_S).splitlines()
     try:
         found = json.loads(report[-1])
     except (IndexError, json.JSONDecodeError):
@@ -140,17 +133,17 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
     not_dry = "a dry run" if dry_run else None if cuda else NO_CUDA
     major, minor = found.get("capability", (9, 0))
     archs = {"UNIF2ACE_CUDA_ARCHS": f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")}
-    has_pytest = importlib.util.find_spec("pytest") or any((Path(each) / "pytest").is_dir() for each in path)
-    no_pytest = None if has_pytest else f"pytest is not installed and no wheel of it is in {CARRIED}"
-    has_transformers = any((Path(each) / "transformers").is_dir() for each in path)
-    no_model = None
-    if not (importlib.util.find_spec("transformers") or has_transformers):
-        no_model = f"transformers, which the model is built on, is not installed and no wheel of it is in {CARRIED}"
     collect = ["--collect-only"] if dry_run else []
 
-    def tests(name: str, which: str, marks: str, seconds: float, missing: str | None) -> Stage:
-        command = _python("-c", _TESTS, which, "-m", marks, *collect)
-        return Stage(name, command, seconds, no_pytest or missing, empty_code=5)
+    def absent(*packages: str) -> str | None:
+        missing = " and ".join(not_found(packages, path))
+        return f"{missing}: not installed, and no wheel in {CARRIED}" if missing else None
+
+    no_model = absent(*MODEL_NEEDS)
+
+    def tests(name: str, folder: str, which: str, marks: str, seconds: float, missing: str | None = None) -> Stage:
+        command = _python("-c", _TESTS, folder, which, "-m", marks, *collect)
+        return Stage(name, command, seconds, absent("pytest") or missing or needs_cuda, empty_code=5)
 
     def bench(op: str, shape: str, seconds: float, *more: str, each: float = 1) -> Stage:
         how = ["--list", "--device", "cuda"] if dry_run else ["--device", "cuda", "--json", str(out / "benches.jsonl")]
@@ -167,9 +160,11 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
     def sanitizer(tool: str, op: str, seconds: float) -> Stage:
         found = shutil.which("compute-sanitizer")
         run = _python("-m", "benchmarks.run", "--smoke", "--check", "--op", op, "--against", "no baseline")
+        # Calls that fail are no finding: torch asks CUDA for what may not be there, and ours raise.
+        options = ["--error-exitcode", "9", "--report-api-errors", "no"]
         return Stage(
             f"sanitizer {tool}",
-            [found or "", "--tool", tool, "--error-exitcode", "9", *run, "--device", "cuda"],
+            [found or "", "--tool", tool, *options, *run, "--device", "cuda"],
             seconds,
             not_dry or (None if found else "no compute-sanitizer on the path"),
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has bounds of its own
@@ -180,8 +175,7 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         Stage("build", _python("-c", _BUILD), 150, not_dry, archs),
         Stage("explain", _python("-c", _EXPLAIN, device), 120),
         Stage("bench smallest", _python("-m", "benchmarks.run", *smallest), 120),
-        tests("tests gpu", "gpu", "gpu", 200, needs_cuda),
-        sanitizer("memcheck", "", 60),
+        tests("tests gpu", "kernels", "gpu", "gpu", 200),
         bench("moe.layer", "gpu-core", 110, "--no-compile"),
         bench("d3diff.loss", "x256 slice", 70, "--no-compile"),
         bench("sampling", "paper-64x256", 60, "--no-compile"),
@@ -191,8 +185,10 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         bench("moe.mix", "paper-16", 30, "--no-compile"),
         bench("d3diff.n", "paper-16x256", 30, "--no-compile"),
         bench("random", "paper", 20),
+        sanitizer("memcheck", "", 120),
+        tests("tests gpu model", "unif2ace", "gpu", "gpu", 150, no_model),
         bench("", "scaling", 120, "--no-compile", each=0.3),
-        tests("tests kernels", "all", "not slow and not gpu", 150, needs_cuda),
+        tests("tests kernels", "kernels", "all", "not slow and not gpu", 150),
         bench("d3diff.loss", "x1024 slice", 60, "--no-compile"),
         bench("d3diff.loss", "paper-16x256", 80, "--against", "torch.compile"),
         bench("moe.layer", "paper-16k", 80, "--against", "torch.compile"),

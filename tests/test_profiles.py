@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 
@@ -116,10 +117,10 @@ def test_contenders_that_are_all_long_end_their_rounds_together():
 
 
 def test_stages_of_the_model_say_that_transformers_is_missing(tmp_path, monkeypatch):
-    real = gpu.importlib.util.find_spec
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "transformers" else real(name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else real(name))
     stages = {stage.name: stage for stage in gpu.plan({"cuda": True}, tmp_path, dry_run=True)}
-    for name in ("bench model.step base", "bench sampling.generate base", "bench model.block base"):
+    for name in ("tests gpu model", "bench model.step base", "bench sampling.generate base", "bench model.block base"):
         assert "transformers" in stages[name].missing
     assert stages["bench moe.layer gpu-core"].missing is None
     (tmp_path / "transformers").mkdir()

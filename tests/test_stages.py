@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -105,7 +106,7 @@ def test_gpu_tests_run_a_process_a_file(tmp_path, monkeypatch, bodies, status) -
     for index, body in enumerate(bodies):
         (folder / f"test_{index}.py").write_text(body)
     monkeypatch.setattr(stages, "ROOT", tmp_path)
-    stage = stages.Stage("tests", [*python(gpu._TESTS), "all"], 60, empty_code=5)
+    stage = stages.Stage("tests", [*python(gpu._TESTS), "kernels", "all"], 60, empty_code=5)
     done = stages.run_stage(stage, 60, tmp_path / "log")
     assert done["status"] == status
     assert ("test_0.py::test_a PASSED" in done["tail"]) == ("test_a" in bodies[0])
@@ -159,8 +160,8 @@ def test_carried_packages_are_there_for_every_stage(tmp_path: Path, monkeypatch)
     stage = stages.Stage("look", python("import alpha, plain; print(alpha.NAME, plain.NAME)"), 20)
     assert stages.run_stage(stage, 20, tmp_path / "log", path)["tail"].strip() == "alpha plain"
 
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     hopper = {"cuda": True, "capability": [9, 0]}
-    for with_path, missing in ((path, None), ((), "pytest is not installed and no wheel of it is in .whl")):
+    for with_path, missing in ((path, None), ((), "pytest: not installed, and no wheel in .whl")):
         plan = {stage.name: stage for stage in gpu.plan(hopper, tmp_path, dry_run=False, path=with_path)}
         assert plan["tests gpu"].missing == missing

@@ -1,13 +1,14 @@
-"""Every benchmark case: the ops', and where transformers is installed the model's, which is built on it."""
+"""Every benchmark case: the ops', and the model's where what it is built on is installed."""
 
 import importlib.util
 
 from ..case import Case
+from ..environment import MODEL_NEEDS, not_found
 from . import d3diff, moe, random, sampling, scaling
 
 CASES: list[Case] = [*moe.CASES, *d3diff.CASES, *sampling.CASES, *random.CASES, *scaling.CASES]
 
-if importlib.util.find_spec("transformers") is not None:
+if not not_found(MODEL_NEEDS):
     from . import generation, model, transformers_experts
 
     CASES += [*model.CASES, *generation.CASES, *transformers_experts.CASES]
