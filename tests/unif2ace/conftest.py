@@ -1,4 +1,5 @@
-"""Fixtures of several test files: an untrained checkpoint with the demo's sizes outside, and a photograph of a face."""
+"""Fixtures of several test files: an untrained checkpoint with the demo's sizes outside, a photograph of a face, a
+question to an endpoint."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from endpoints import WORD, Clock, serving
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.configs import VocabularyConfig
@@ -65,6 +67,33 @@ def real_photograph(tmp_path, request) -> Path:
     path = tmp_path / "photo.png"
     cv2.imwrite(str(path), cv2.resize(small, (256, 256), interpolation=cv2.INTER_CUBIC)[..., ::-1])
     return path
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    """A prompt that asks an endpoint for a word."""
+    from unif2ace.endpoint.prompts import load_prompt
+
+    (tmp_path / "word.yaml").write_text(WORD)
+    return load_prompt(tmp_path / "word.yaml")
+
+
+@pytest.fixture
+def asked(tmp_path, prompt):
+    """Ask one question, or several, of an endpoint that follows a script: outcomes, counts, server, clock."""
+    from unif2ace.endpoint.client import Endpoint, Question
+    from unif2ace.endpoint.config import EndpointConfig
+
+    def ask(*steps, names=("tree",), folder="kept", check=lambda value: None, **settings):
+        clock = Clock()
+        with serving(*steps) as server:
+            config = EndpointConfig(url=server.url, model="m", **{"concurrency": 1, "timeout": 5.0, **settings})
+            with Endpoint(config, tmp_path / folder, clock.now, clock.wait) as client:
+                questions = [Question(name, prompt, {"thing": name}, check=check) for name in names]
+                outcomes = [client.ask(each) for each in questions]
+                return outcomes, client.counts(), server, clock
+
+    return ask
 
 
 def _no_encoder(faces) -> torch.Tensor:

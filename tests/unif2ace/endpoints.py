@@ -11,6 +11,27 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Body = dict[str, Any]
+KEY = "sk-very-secret-0123456789"
+WORD = """
+user: "Say a word on {thing}."
+form: json
+schema: {type: object, properties: {word: {type: string, maxLength: 8}}, required: [word], additionalProperties: false}
+"""
+GOOD = '{"word": "oak"}'
+
+
+class Clock:
+    """Time that passes when someone waits, and in no other way."""
+
+    def __init__(self):
+        self.time, self.waits = 0.0, []
+
+    def now(self):
+        return self.time
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+        self.time += seconds
 
 
 def said(text: str, tokens: tuple[int, int] | None = (10, 5), **choice: Any) -> bytes:

@@ -2,75 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-from endpoints import Server, half, reset, said, script, serving
+from endpoints import GOOD, KEY, WORD, Clock, half, reset, said, script, serving
 
-from unif2ace.endpoint.client import Endpoint, Question, data_url
+from unif2ace.endpoint.client import Endpoint, Question
 from unif2ace.endpoint.config import EndpointConfig
-from unif2ace.endpoint.limits import Budget, BudgetSpent, Pace
 from unif2ace.endpoint.prompts import load_prompt
 from unif2ace.errors import UserError
-from unif2ace.journal import Journal
-
-HERE = Path(__file__).parent
-KEY = "sk-very-secret-0123456789"
-WORD = """
-user: "Say a word on {thing}."
-form: json
-schema: {type: object, properties: {word: {type: string, maxLength: 8}}, required: [word], additionalProperties: false}
-"""
-GOOD = '{"word": "oak"}'
-
-
-class Clock:
-    """Time that passes when someone waits, and in no other way."""
-
-    def __init__(self):
-        self.time, self.waits = 0.0, []
-
-    def now(self):
-        return self.time
-
-    def wait(self, seconds):
-        self.waits.append(seconds)
-        self.time += seconds
-
-
-@pytest.fixture
-def prompt(tmp_path):
-    (tmp_path / "word.yaml").write_text(WORD)
-    return load_prompt(tmp_path / "word.yaml")
-
-
-@pytest.fixture
-def asked(tmp_path, prompt):
-    """Ask one question, or several, of an endpoint that follows a script: outcomes, client, server, clock."""
-
-    def ask(*steps, names=("tree",), folder="kept", check=lambda value: None, **settings):
-        clock = Clock()
-        with serving(*steps) as server:
-            config = EndpointConfig(url=server.url, model="m", **{"concurrency": 1, "timeout": 5.0, **settings})
-            with Endpoint(config, tmp_path / folder, clock.now, clock.wait) as client:
-                questions = [Question(name, prompt, {"thing": name}, check=check) for name in names]
-                outcomes = [client.ask(each) for each in questions]
-                return outcomes, client.counts(), server, clock
-
-    return ask
 
 
 def test_a_good_answer_is_kept_and_never_asked_for_again(asked, tmp_path):
@@ -226,12 +170,6 @@ def test_quarantined_is_not_asked_again_and_checks_count(tmp_path, prompt):
             assert client.ask(replace(question, check=lambda value: None)).kind == "quarantined"
 
 
-def test_json_is_found_among_words_but_never_a_part_of_a_broken_one(prompt):
-    assert prompt.read('Sure!\n```json\n{"word": "oak"}\n```')["word"] == "oak"
-    with pytest.raises(ValueError, match="not JSON"):
-        prompt.read('{"list": [{"word": "oak"}')
-
-
 def test_a_request_that_is_refused_is_quarantined_and_many_end_the_run(asked):
     outcomes, _, server, clock = asked((400, {}, b"too long a prompt"), GOOD, names="ab")
     assert [each.kind for each in outcomes] == ["quarantined", "answered"] and not clock.waits
@@ -248,306 +186,62 @@ def test_a_wrong_key_or_model_ends_the_run_at_once(asked, status, monkeypatch):
     assert KEY not in str(raised.value) and "[API key]" in str(raised.value)
 
 
-# --------------------------------------------------------------------------------------- what leaves the machine
+def test_what_a_sick_endpoint_refuses_is_asked_again(asked, tmp_path):
+    """It refused them all, so it was not the requests: none of them is given up."""
+    with pytest.raises(UserError, match="refused 4 requests in a row"):
+        asked((400, {}, b"no model is loaded"), names="abcdef")
+    assert not (tmp_path / "kept" / "quarantine.jsonl").read_text()
+    outcomes, counts, *_ = asked((400, {}, b"too long"), GOOD, (400, {}, b"too long"), names="abc", known_as="it")
+    assert [each.kind for each in outcomes] == ["quarantined", "answered", "quarantined"] and counts["quarantined"] == 2
+    assert len((tmp_path / "kept" / "quarantine.jsonl").read_text().splitlines()) == 2, "the last one's at the end, too"
+    outcomes, _, server, _ = asked(GOOD, names="abc", known_as="it")
+    assert [each.cached for each in outcomes] == [True] * 3 and not server.seen
 
 
-def test_the_key_goes_into_one_header_and_nowhere_else(tmp_path, prompt, monkeypatch, caplog, capfd):
-    monkeypatch.setenv("A_KEY", KEY)
-    caplog.set_level(logging.DEBUG)
-    steps = [(500, {}, KEY.encode()), said(f"your key is {KEY}"), said(f"still {KEY}"), said(f"and {KEY}")]
-    clock = Clock()
-    with serving(*steps) as server:
-        config = EndpointConfig(url=server.url, model="m", key="A_KEY")
-        with Endpoint(config, tmp_path / "kept", clock.now, clock.wait) as client:
-            outcome = client.ask(Question("a", prompt, {"thing": "x"}))
-    assert outcome.kind == "quarantined" and len(server.seen) == 4
-    for headers, body, path in server.seen:
-        assert headers["authorization"] == f"Bearer {KEY}" and KEY not in json.dumps(body) + path
-    kept = "".join(path.read_text() for path in (tmp_path / "kept").iterdir())
-    printed = "".join(capfd.readouterr())
-    assert KEY not in kept + caplog.text + printed + repr(client.config) + str(outcome)
-    assert (tmp_path / "kept" / "answers.jsonl").stat().st_mode & 0o077 == 0
-
-
-def test_a_key_that_is_not_set_is_named_not_guessed(tmp_path, monkeypatch):
-    monkeypatch.delenv("NO_KEY", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with pytest.raises(UserError, match="'NO_KEY' is not set"):
-        Endpoint(EndpointConfig(url="https://x/v1", model="m", key="NO_KEY"), tmp_path)
-    with serving("hello") as server, Endpoint(EndpointConfig(url=server.url, model="m"), tmp_path / "b") as client:
-        client.transport.send({"messages": []})
-    assert "authorization" not in {name.lower() for name in server.seen[0][0]}
-
-
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_redirects_are_refused(tmp_path, prompt, monkeypatch, status):
-    monkeypatch.setenv("A_KEY", KEY)
-    with (
-        serving(GOOD) as other,
-        serving((status, {"location": f"{other.url}/chat/completions?k={KEY}"}, b"")) as server,
-    ):
-        with Endpoint(EndpointConfig(url=server.url, model="m", key="A_KEY"), tmp_path) as client:
-            with pytest.raises(UserError, match="sends its requests on to http://127.0.0.1:") as raised:
-                client.ask(Question("a", prompt, {"thing": "x"}))
-        assert not other.seen and len(server.seen) == 1 and KEY not in str(raised.value)
-
-
-def test_proxies_and_netrc_of_the_environment_are_not_used(tmp_path, prompt, monkeypatch):
-    with serving(said("from the proxy")) as proxy, serving(GOOD) as server:
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"):
-            monkeypatch.setenv(name, proxy.url)
-        for name in ("no_proxy", "NO_PROXY"):
-            monkeypatch.delenv(name, raising=False)
-        (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n")
-        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        with Endpoint(EndpointConfig(url=server.url, model="m"), tmp_path / "kept") as client:
-            assert client.ask(Question("a", prompt, {"thing": "x"})).kind == "answered"
-        assert not proxy.seen and "authorization" not in {name.lower() for name in server.seen[0][0]}
-        config = EndpointConfig(url=server.url, model="m", proxy=proxy.url.removesuffix("/v1"), answers=1)
-        with Endpoint(config, tmp_path / "other") as client:
-            client.ask(Question("a", prompt, {"thing": "x"}))
-        assert len(proxy.seen) == 1, "one that is named is used"
-
-
-def test_a_picture_is_sent_as_pixels_alone(tmp_path):
-    (tmp_path / "seen.yaml").write_text(WORD + "image: true\n")
-    prompt = load_prompt(tmp_path / "seen.yaml")
-    image = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
-    with serving(GOOD) as server:
-        config = EndpointConfig(url=server.url, model="m", vision=True, image_side=60)
-        with Endpoint(config, tmp_path / "kept") as client:
-            client.ask(Question("secret-name.jpg", prompt, {"thing": "x"}, image))
-        with Endpoint(replace(config, vision=False), tmp_path / "blind") as client:
-            with pytest.raises(UserError, match="endpoint.vision of m is false"):
-                client.ask(Question("a", prompt, {"thing": "x"}, image))
-    sent = json.dumps(server.seen[0][1])
-    assert "secret-name" not in sent and len(server.seen) == 1
-    picture, text = server.seen[0][1]["messages"][0]["content"]
-    assert text == {"type": "text", "text": "Say a word on x."}
-    content = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
-    assert cv2.imdecode(np.frombuffer(content, np.uint8), 1).shape == (45, 60, 3) and b"Exif" not in content
-    red = np.zeros((9, 9, 3), np.uint8) + np.array([250, 0, 0], np.uint8)
-    content = base64.b64decode(data_url(red, 60).partition(",")[2])
-    assert cv2.imdecode(np.frombuffer(content, np.uint8), 1)[4, 4].argmax() == 2, "OpenCV's order is blue first"
-
-
-def test_nothing_but_words_goes_into_a_prompt(prompt):
-    for value in (np.zeros(128), [0.1, 0.2], 5, None, b"x"):
-        with pytest.raises(ValueError, match="thing: expected a text"):
-            prompt.messages({"thing": value})
-    with pytest.raises(ValueError, match=r"expected values of \['thing'\], got \['name', 'thing'\]"):
-        prompt.messages({"thing": "x", "name": "y"})
-    assert prompt.messages({"thing": "{thing} {other}"})[0]["content"] == "Say a word on {thing} {other}."
+def test_an_account_without_money_ends_the_run_at_once(asked, tmp_path):
+    with pytest.raises(UserError, match="wants to be paid first. It says: Insufficient Balance"):
+        asked((402, {}, b"Insufficient Balance"))
+    assert not (tmp_path / "kept" / "quarantine.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"url": "http://example.org/v1"}, "endpoint.url: http to example.org shows pictures"),
-        ({"url": "ftp://x/v1"}, "endpoint.url: expected http"),
-        ({"url": f"https://user:{KEY}@x/v1"}, "without name, password"),
-        ({"url": f"https://x/v1?key={KEY}"}, "without name, password"),
-        ({"url": "https://x:99999/v1"}, "endpoint.url"), ({"model": ""}, "endpoint.model"),
-        ({"concurrency": 0}, "endpoint.concurrency: expected at least 1, got 0"),
-        ({"top_p": 0.0}, "endpoint.top_p"), ({"timeout": float("nan")}, "endpoint.timeout"),
-        ({"temperature": float("nan")}, "endpoint.temperature"), ({"budget_cost": 1.0}, "prices beside it"),
-    ],
-)  # fmt: skip
-def test_a_config_that_is_not_possible(settings, message):
-    with pytest.raises(UserError, match=message) as raised:
-        EndpointConfig(**{"url": "https://x/v1", "model": "m", **settings}).check()
-    assert KEY not in str(raised.value)
-    EndpointConfig("http://192.168.0.9/v1", "m", insecure=True).check()
+    "choice, reason",
+    [({"finish_reason": "length"}, "longer than 512 tokens"), ({}, "the answer is empty")],
+)
+def test_an_answer_without_words_was_paid_for(asked, choice, reason):
+    """All its tokens went into thinking. It is asked afresh: a turn without words would be refused."""
+    (outcome,), counts, server, clock = asked(said("", message={"content": None}, **choice))
+    assert outcome.kind == "quarantined" and reason in outcome.reason and not clock.waits
+    assert (counts["requests"], counts["tokens_out"]) == (3, 15)
+    assert all(len(body["messages"]) == 1 for _, body, _ in server.seen)
+    assert len({body["seed"] for _, body, _ in server.seen}) == 3
 
 
-# ---------------------------------------------------------------------------------------------- limits and budget
+@pytest.mark.parametrize("text", ['{"word": NaN}', '{"word": "\\ud83d"}', '{"word": "\ud83d"}', "\ud83d no JSON"])
+def test_half_a_character_and_no_number_are_wrong_answers_like_others(tmp_path, text):
+    (tmp_path / "any.yaml").write_text("user: x\nschema: {type: object}\n")
+    question = Question("a", load_prompt(tmp_path / "any.yaml"), {})
+    with serving(said(text)) as server:
+        with Endpoint(EndpointConfig(server.url, "m", answers=2), tmp_path / "kept") as client:
+            outcome = client.ask(question)
+    if text == '{"word": "\ud83d"}':  # half a character that the reply itself holds is a question mark
+        assert outcome.value == {"word": "?"}
+    else:
+        assert outcome.kind == "quarantined" and len(server.seen) == 2
 
 
-def test_requests_and_tokens_a_minute():
-    clock = Clock()
-    pace = Pace(3, 0, clock.now, clock.wait)
-    for _ in range(7):
-        pace.enter(1)
-    assert clock.time == 120
-    clock = Clock()
-    pace = Pace(0, 100, clock.now, clock.wait)
-    pace.settle(pace.enter(90), 10)
-    pace.enter(90)
-    assert clock.time == 0, "what was set aside and not used is there for the next"
-    pace.enter(500)
-    assert clock.time == 60, "one that is larger than a minute goes alone"
-    pace.pause(30)
-    pace.enter(1)
-    assert clock.time == 120
+def test_the_seeds_of_one_question_s_answers_are_no_other_question_s(tmp_path, prompt):
+    with serving("wrong") as server:
+        with Endpoint(EndpointConfig(server.url, "m", seed=2**31 - 2, mend=False), tmp_path) as client:
+            for repeat in range(5):
+                client.ask(Question("a", prompt, {"thing": "x"}, seed=repeat))
+    seeds = [body["seed"] for _, body, _ in server.seen]
+    assert len(seeds) == len(set(seeds)) == 15 and max(seeds) < 2**31
 
 
-def test_a_budget_is_never_passed_and_goes_on_where_it_stood(tmp_path, prompt):
-    clock = Clock()
-    with serving(said(GOOD, (40, 10))) as server:
-        config = EndpointConfig(url=server.url, model="m", max_tokens=20, budget_tokens=170)
-        asked = []
-        for budget in (170, 170, 300):
-            with Endpoint(replace(config, budget_tokens=budget), tmp_path, clock.now, clock.wait) as client:
-                with pytest.raises(BudgetSpent, match="budget_tokens is spent"):
-                    for number in range(99):
-                        client.ask(Question("a", prompt, {"thing": str(number)}))
-                assert client.budget.tokens_in + client.budget.tokens_out <= budget
-            asked.append(len(server.seen))
-        assert asked == [3, 3, 6]
-    budget = Budget(0, 1.0, price_in=1e6, price_out=5e5)
-    budget.hold(0, 1)
-    with pytest.raises(BudgetSpent, match="budget_cost"):
-        budget.hold(1, 0)
-    budget.settle((0, 1), (0, 0))
-    budget.hold(1, 0)
-    budget.settle((1, 0), (1, 0))
-    assert budget.spent == 1.0
-
-
-def test_an_endpoint_that_counts_nothing_is_counted_for(asked):
-    _, counts, *_ = asked(said(GOOD, None))
-    assert counts["tokens_in"] > 5 and counts["tokens_out"] > 3
-
-
-# ---------------------------------------------------------------------------------------------------- going on
-
-KILLED = """
-import sys
-from unif2ace.endpoint.client import Endpoint, Question
-from unif2ace.endpoint.config import EndpointConfig
-from unif2ace.endpoint.prompts import load_prompt
-prompt = load_prompt(sys.argv[2])
-with Endpoint(EndpointConfig(url=sys.argv[1], model="m", concurrency=3), sys.argv[3]) as client:
-    for each in client.ask_all(Question(str(n), prompt, {"thing": str(n)}) for n in range(40)):
-        print(each.question.name, each.kind, each.cached, flush=True)
-"""
-
-
-def test_killed_at_any_moment_nothing_done_is_lost_or_paid_twice(tmp_path, prompt):
-    def slow(body):
-        time.sleep(0.02)
-        return GOOD
-
-    with Server(slow) as server:
-        command = [sys.executable, "-c", KILLED, server.url, str(tmp_path / "word.yaml"), str(tmp_path / "kept")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        seen = []
-        for _ in range(2):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-            for _ in range(10):
-                seen.append(process.stdout.readline().split())
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        last = {name: cached for name, kind, cached in map(str.split, done.stdout.splitlines())}
-    assert len(last) == 40 and all(kind == "answered" for _, kind, _ in seen)
-    assert all(last[name] == "True" for name, *_ in seen), "what was told is kept"
-    assert 40 <= len(server.seen) <= 40 + 2 * 3, "no more than what was under way at a kill is asked for twice"
-
-
-def test_many_at_once_end_cleanly_when_one_ends_the_run(tmp_path, prompt):
-    def answer(body):
-        time.sleep(0.01)
-        return (401, {}, b"no") if "on 9." in body["messages"][0]["content"] else GOOD
-
-    with Server(answer) as server:
-        config = EndpointConfig(url=server.url, model="m", concurrency=4)
-        with Endpoint(config, tmp_path) as client:
-            with pytest.raises(UserError, match="refuses"):
-                list(client.ask_all(Question(str(n), prompt, {"thing": str(n)}) for n in range(500)))
-        assert len(server.seen) < 30
-        with Endpoint(config, tmp_path) as client:
-            assert len(client.answers) == len(server.seen) - 1
-
-
-def test_at_most_so_many_at_once(tmp_path, prompt):
-    now, most = [], []
-
-    def answer(body):
-        now.append(1)
-        most.append(len(now))
-        time.sleep(0.02)
-        now.pop()
-        return GOOD
-
-    with Server(answer) as server, Endpoint(EndpointConfig(server.url, "m", concurrency=3), tmp_path) as client:
-        outcomes = list(client.ask_all(Question(str(n), prompt, {"thing": str(n)}) for n in range(12)))
-    assert len(outcomes) == 12 and max(most) == 3
-
-
-def test_a_journal_survives_what_a_crash_leaves(tmp_path):
-    path = tmp_path / "a.jsonl"
-    with Journal(path) as journal:
-        journal.put("a", {"n": 1})
-        journal.put("b", "é\n")
-        with pytest.raises(UserError, match="being written by another"):
-            Journal(path)
-    whole = path.read_bytes()
-    for cut in {*range(0, len(whole), 9), *range(len(whole) - 3, len(whole) + 1)}:
-        path.write_bytes(whole[:cut])
-        with Journal(path) as journal:
-            lines = whole[:cut].count(b"\n")
-            assert [key for key, _ in journal.items()] == ["a", "b"][:lines]
-            journal.put("c", cut)
-        with Journal(path) as journal:
-            assert journal.get("c") == cut and len(journal) == lines + 1 and journal.get("x") is None
-    path.write_bytes(whole.replace(b'"a"', b'"a', 1))
-    with Journal(path) as journal:
-        assert journal.damaged == 1 and "a" not in journal and journal.get("b") == "é\n"
-        journal.put("b", 2)
-        assert journal.get("b") == 2 and dict(journal.items()) == {"b": 2}
-
-
-def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
-    with Journal(tmp_path / "a.jsonl") as journal:
-        journal.put("a", 1)
-        write = os.write
-        monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:5]))
-        with pytest.raises(UserError, match="No space left"):
-            journal.put("b", 2)
-        monkeypatch.undo()
-        journal.put("c", 3)
-        assert dict(journal.items()) == {"a": 1, "c": 3} and "b" not in journal
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("[1]", "expected a prompt's keys"), ("user: x", "schema: it is missing"),
-        ("schema: {}", "user: it is missing"),
-        ("user: x\nschema: {}\nwhat: 1", "what: expected one of"), ("user: 5\nschema: {}", "user: expected"),
-        ("user: x\nschema: {type: wrong}", "is not valid"), ("user: x\nschema: {}\nform: xml", "form: expected"),
-        ("user: x\nschema: {}\nform: lines", "form: expected"), ("user: [", "cannot read the prompt"),
-        ("user: x\nschema: {}\nform: lines\nline: '('", "missing"),
-        ("user: x\nschema: {}\nshots: [{user: a}]", "shots: expected turns"),
-    ],
-)  # fmt: skip
-def test_a_prompt_that_is_none(tmp_path, text, message):
-    (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        load_prompt(tmp_path / "p.yaml")
-
-
-def test_a_prompt_that_is_missing_and_one_of_lines(tmp_path):
-    with pytest.raises(UserError, match="cannot read the prompt"):
-        load_prompt(tmp_path / "none.yaml")
-    (tmp_path / "p.yaml").write_text(
-        textwrap.dedent("""
-        system: be brief
-        shots: [{user: a, assistant: b}]
-        user: "{x}"
-        form: lines
-        line: 'Q: (?P<question>.+?) A: (?P<answer>.+)'
-        schema: {type: array, minItems: 1}
-        """)
-    )
-    prompt = load_prompt(tmp_path / "p.yaml")
-    assert [each["role"] for each in prompt.messages({"x": "y"})] == ["system", "user", "assistant", "user"]
-    assert prompt.read("Well:\nQ: one? A: yes.\n\n Q: two? A: no.\nQ: three?") == [
-        {"question": "one?", "answer": "yes."},
-        {"question": "two?", "answer": "no."},
-    ]
-    with pytest.raises(ValueError, match="non-empty|too short"):
-        prompt.read("nothing")
+def test_a_count_of_tokens_beyond_all_sense_is_none(asked):
+    (outcome,), counts, *_ = asked(said(GOOD, (10**400, 5)), price_in=1.0)
+    assert outcome.kind == "answered" and counts["tokens_in"] < 100
+    zone = "Mon, 01 Jan 2024 00:00:00 +99999999999999"
+    (outcome,), _, server, _ = asked((429, {"retry-after": zone}, b""), GOOD)
+    assert outcome.kind == "answered" and len(server.seen) == 2

@@ -89,7 +89,7 @@ def test_draws_have_the_shares_of_the_nucleus():
     assert shares[2:].sum() == 0 and abs(float(shares[0]) - 0.625) < 0.03
     drawn = torch.tensor([_draw(logits, [Order([], 0.5)], draw)[0] for _ in range(4000)])
     assert abs(float((drawn == 0).float().mean()) - 0.25 / 0.365) < 0.03
-    assert _draw(logits, [Order([])], draw) == [0]
+    assert _draw(logits, [Order([])], draw) == _draw(logits, [Order([], 1e-300)], draw) == [0]
 
 
 def test_what_rows_begin_with():
@@ -128,6 +128,7 @@ def test_requests_that_wait_are_written_together(language, tmp_path):
         ({"messages": [{"role": "user", "content": "w1"}], "model": "tiny", "stream": True}, 400, "stream"),
         ({"messages": [{"role": "user", "content": "w1"}], "model": "tiny", "max_tokens": 999}, 400, "more than 256"),
         ({"messages": [{"role": "user", "content": "w1"}], "model": "tiny", "temperature": -1}, 400, "temperature"),
+        ({"messages": [{"role": "user", "content": "w1"}], "model": "tiny", "seed": 2**64}, 400, "63 bits"),
         ({"messages": [{"role": "bard", "content": "w1"}], "model": "tiny"}, 400, "who?"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "model": "tiny"}, 400, "sees no pictures"),
     ],

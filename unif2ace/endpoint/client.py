@@ -3,7 +3,8 @@
 What becomes of a request:
 
     answered      read, valid: kept in answers.jsonl, never asked again
-    quarantined   answered, never rightly, or refused: kept in quarantine.jsonl with its reason
+    quarantined   answered, never rightly, or refused by an endpoint that answers others: kept in quarantine.jsonl with
+                  its reason
     put off       not answered at all in all its tries: nothing is kept, the next run asks again
 
 Every reply that was paid for is counted in requests.jsonl, the wrong ones too: a budget is over all runs in a folder.
@@ -38,6 +39,7 @@ from unif2ace.journal import Journal
 ANSWERS, QUARANTINE, REQUESTS = "answers.jsonl", "quarantine.jsonl", "requests.jsonl"
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 _LONGEST_ASKED = 600.0  # a Retry-After beyond this is another day's work
+_ANOTHER = 7919  # between the seeds of one request's answers: those of its repetitions follow one another
 _IMAGE_TOKENS = 1500  # at most, of a picture: for the budget, before it is known
 
 
@@ -91,28 +93,31 @@ class Endpoint:
         wait: Callable[[float], bool | None] | None = None,
     ) -> None:
         self.config = config.check()
-        self.transport = Transport(config)
         self._stop = threading.Event()
         self._wait = wait or self._stop.wait
-        self.answers = Journal(Path(folder) / ANSWERS)
-        self.quarantine = Journal(Path(folder) / QUARANTINE)
-        self.requests = Journal(Path(folder) / REQUESTS)
-        spent = [each for _, each in self.requests.items()]
-        earlier = sum(each["tokens_in"] for each in spent), sum(each["tokens_out"] for each in spent)
+        with contextlib.ExitStack() as opening:
+            self.transport = Transport(config)
+            opening.callback(self.transport.close)
+            self.answers = opening.enter_context(Journal(Path(folder) / ANSWERS))
+            self.quarantine = opening.enter_context(Journal(Path(folder) / QUARANTINE))
+            self.requests = opening.enter_context(Journal(Path(folder) / REQUESTS))
+            self._open = opening.pop_all()
+        spent = dict(self.requests.items())
+        earlier = sum(each["tokens_in"] for each in spent.values()), sum(each["tokens_out"] for each in spent.values())
         self.budget = Budget(config.budget_tokens, config.budget_cost, config.price_in, config.price_out, earlier)
         self.pace = Pace(config.requests_per_minute, config.tokens_per_minute, now, self._wait)
         self.retries = 0
         self._lost = 0  # requests in a row that were put off
-        self._refusals = 0  # likewise refused
-        self._numbers = itertools.count(len(self.requests))
+        self._refused: dict[str, dict[str, Any]] = {}  # likewise refused: for the quarantine, if it answers others
+        self._numbers = itertools.count(max((int(each) for each in spent), default=-1) + 1)
         self._jitter = random.Random(config.seed)
         self._lock = threading.Lock()
 
     def close(self) -> None:
         self._stop.set()
-        self.transport.close()
-        for each in (self.answers, self.quarantine, self.requests):
-            each.close()
+        if len(self._refused) <= self.config.give_up:
+            self._quarantine_refused()
+        self._open.close()
 
     def __enter__(self) -> Endpoint:
         return self
@@ -133,19 +138,18 @@ class Endpoint:
             return known
         messages, reason, said = list(body["messages"]), "", ""
         for number in range(self.config.answers):
-            sent = {**body, "messages": messages, "seed": body["seed"] + number}
+            sent = {**body, "messages": messages, "seed": (body["seed"] + number * _ANOTHER) % 2**31}
             try:
                 reply = self._answered(question, sent)
-                said = reply.text
+                said = reply.text or reply.refusal
                 value = self._valid(question, reply)
             except Refused as error:
-                reason = self._refused(str(error))
-                break
+                return self._turned_away(question, key, str(error), said)
             except TryAgain as error:
                 return self._put_off(question, str(error))
             except BadAnswer as error:
                 reason = str(error)
-                if not self.config.mend:
+                if not self.config.mend or not said.strip():  # endpoints refuse a turn without words
                     continue
                 mend = f"That is not right: {reason}. Answer again, in the form that was asked for."
                 messages = [
@@ -194,7 +198,7 @@ class Endpoint:
         return {
             "requests": len(self.requests),
             "answered": len(self.answers),
-            "quarantined": len(self.quarantine),
+            "quarantined": len(self.quarantine) + len(self._refused),
             "retries_of_this_run": self.retries,
             "tokens_in": self.budget.tokens_in,
             "tokens_out": self.budget.tokens_out,
@@ -242,6 +246,8 @@ class Endpoint:
             raise BadAnswer(f"the model declines: {reply.refusal}")
         if reply.cut:
             raise BadAnswer(f"the answer is longer than {self.config.max_tokens} tokens")
+        if not reply.text.strip():
+            raise BadAnswer("the answer is empty")
         value = question.prompt.read(reply.text)
         if (wrong := question.check(value)) is not None:
             raise BadAnswer(wrong)
@@ -260,7 +266,8 @@ class Endpoint:
                 used = (reply.tokens_in or 0, reply.tokens_out or 0) if counted else (held[0], len(reply.text) // 3 + 1)
                 told = {**self._about(question), "tokens_in": used[0], "tokens_out": used[1], "counted": counted}
                 self.requests.put(str(next(self._numbers)), told)
-                self._lost = self._refusals = 0
+                self._lost = 0
+                self._quarantine_refused()
                 return reply
             except TryAgain as error:
                 if number + 1 == self.config.tries:
@@ -283,13 +290,21 @@ class Endpoint:
         if self._wait(max(drawn, asked or 0.0)):
             raise Stopped
 
-    def _refused(self, reason: str) -> str:
-        """`reason`, while it can be this request's own fault."""
+    def _turned_away(self, question: Question, key: str, reason: str, said: str) -> Outcome:
+        """A refused request, while it can be the request's own fault; when it is the endpoint's, none is kept."""
         with self._lock:
-            self._refusals += 1
-            if self._refusals > self.config.give_up:
-                raise UserError(f"{self.config.url} refused {self._refusals} requests in a row; the last: {reason}")
-        return reason
+            self._refused[key] = {**self._about(question), "reason": reason, "said": said}
+            if len(self._refused) > self.config.give_up:
+                count = len(self._refused)
+                raise UserError(f"{self.config.url} refused {count} requests in a row; the last: {reason}")
+        return Outcome(question, "quarantined", reason=reason)
+
+    def _quarantine_refused(self) -> None:
+        with self._lock:
+            refused = dict(self._refused)
+            self._refused.clear()
+        for key, record in refused.items():
+            self.quarantine.put(key, record)
 
     def _put_off(self, question: Question, reason: str) -> Outcome:
         with self._lock:

@@ -25,6 +25,7 @@ _WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SUMS = {_WEIGHTS: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 _LIKELIEST = 256  # of which a token is drawn: the rest of the vocabulary is noise, and sorting it takes longest
 _WORTH_SHARING = 16
+_COLDEST = 1e-6  # a temperature below is this one: logits over less are no longer numbers
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _draw(logits: torch.Tensor, orders: Sequence[Order], draws: Sequence[torch.G
     for row, (order, draw) in enumerate(zip(orders, draws)):
         place = 0
         if order.temperature > 0:
-            shares = torch.softmax(logits[row] / order.temperature, 0)[ids[row]]
+            shares = torch.softmax(logits[row] / max(order.temperature, _COLDEST), 0)[ids[row]]
             before = shares.cumsum(0) - shares
             place = int(torch.multinomial(shares * (before < order.top_p), 1, generator=draw))
         tokens.append(int(ids[row, place]))

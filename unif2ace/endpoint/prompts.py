@@ -12,6 +12,7 @@ A file is YAML:
     schema: {type: object, ...}               # JSON schema of what was read
 
 Of `json` the first value in the answer counts, within a code fence or after words of politeness as models have it.
+What a model says to itself before, up to ``</think>``, is no part of its answer.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Prompt:
         Raises:
             BadAnswer: it has another shape.
         """
-        value: Any = text.strip()
+        value: Any = text.rpartition("</think>")[2].strip()
         if self.form == "json":
             value = _first_json(value)
         elif self.form == "lines":
@@ -91,6 +92,10 @@ class Prompt:
         if worst is not None:
             where = "".join(f"[{each!r}]" for each in worst.absolute_path)
             raise BadAnswer(f"{where or 'the answer'}: {worst.message}"[:_SHOWN])
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:  # not a number, half a character: no schema looks for them
+            raise BadAnswer(f"the answer holds what cannot be kept: {error}"[:_SHOWN]) from None
         return value
 
 

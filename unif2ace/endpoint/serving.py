@@ -162,7 +162,7 @@ def _order(content: bytes, language: Language) -> Order:
             max_tokens=int(told.get("max_tokens") or told.get("max_completion_tokens") or 256),
             seed=int(told.get("seed") or 0),
         )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _Wrong(400, f"no chat completion is asked for: {error!r}") from error
     if told.get("model") != language.name:
         raise _Wrong(404, f"there is no model {told.get('model')!r}, but {language.name!r}")
@@ -170,6 +170,8 @@ def _order(content: bytes, language: Language) -> Order:
         raise _Wrong(400, "stream: answers come whole")
     if not messages or not 0 <= order.temperature < float("inf") or not 0 < order.top_p <= 1 or order.max_tokens < 1:
         raise _Wrong(400, "messages, temperature >= 0, 0 < top_p <= 1 and max_tokens >= 1 are needed")
+    if not abs(order.seed) < 2**63:  # one that no generator takes would end the texts of all that are written with it
+        raise _Wrong(400, "seed: expected a whole number of at most 63 bits")
     try:
         length = len(language.tokens(messages))
     except Exception as error:  # a template's own complaint on the order of roles

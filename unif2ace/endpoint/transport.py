@@ -18,6 +18,7 @@ from unif2ace.endpoint.config import EndpointConfig
 from unif2ace.errors import UserError
 
 _LARGEST = 8_000_000  # bytes of an answer
+_MOST_TOKENS = 2**31  # of an answer: a count beyond is none
 _SHOWN = 200
 
 
@@ -53,21 +54,24 @@ class Transport:
     """Sends chat completions to the one endpoint of `config`.
 
     Raises:
-        UserError: the API key is not in the environment.
+        UserError: the API key is not in the environment, or the proxy is none.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
         self._secret = config.secret()
         self._url = config.url.rstrip("/") + "/chat/completions"
-        self._http = httpx.Client(
-            trust_env=False,  # or proxies, netrc and certificates of the environment would be used unasked
-            follow_redirects=False,
-            proxy=config.proxy,
-            timeout=httpx.Timeout(config.timeout, connect=min(config.timeout, 20.0)),
-            headers={"authorization": f"Bearer {self._secret}"} if self._secret else None,
-            limits=httpx.Limits(max_connections=config.concurrency),
-        )
+        try:
+            self._http = httpx.Client(
+                trust_env=False,  # or proxies, netrc and certificates of the environment would be used unasked
+                follow_redirects=False,
+                proxy=config.proxy,
+                timeout=httpx.Timeout(config.timeout, connect=min(config.timeout, 20.0)),
+                headers={"authorization": f"Bearer {self._secret}"} if self._secret else None,
+                limits=httpx.Limits(max_connections=config.concurrency),
+            )
+        except (httpx.InvalidURL, ImportError, ValueError):  # its own words may hold the proxy's password
+            raise UserError("proxy: expected http(s)://HOST:PORT of a proxy") from None
 
     def close(self) -> None:
         self._http.close()
@@ -92,6 +96,8 @@ class Transport:
                         raise TryAgain(f"no whole answer within {self.config.timeout:g} s")
         except httpx.TimeoutException:
             raise TryAgain(f"no answer within {self.config.timeout:g} s") from None
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise UserError(f"{self.config.url} is no address that can be asked: {error}") from None
         except httpx.HTTPError as error:
             raise TryAgain(self._clear(f"{type(error).__name__}: {error}")) from None
         if response.status_code != 200:
@@ -108,6 +114,8 @@ class Transport:
             )
         if status in (401, 403):
             return UserError(f"{self.config.url} refuses ({status}): is the API key right? It says: {said}")
+        if status == 402:
+            return UserError(f"{self.config.url} wants to be paid first. It says: {said}")
         if status == 404:
             return UserError(f"{self.config.url} knows no such address or model {self.config.model!r}. It says: {said}")
         if status in (408, 409, 425, 429) or status >= 500:
@@ -119,19 +127,25 @@ class Transport:
             told = json.loads(content)
             choice = told["choices"][0]
             refusal = choice["message"].get("refusal") or ""
-            text = choice["message"]["content"] or "" if refusal else choice["message"]["content"]
+            text = choice["message"]["content"]
+            if text is None:  # it declines, or all its tokens went into thinking: it answered, and that was paid for
+                text = ""
             if not isinstance(text, str) or not isinstance(refusal, str):
                 raise TypeError
             usage = told.get("usage") or {}
             counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-            known = [each if type(each) is int and each >= 0 else None for each in counts]
+            known = [each if type(each) is int and 0 <= each < _MOST_TOKENS else None for each in counts]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise TryAgain(f"no chat completion: {self._clear(content.decode('utf-8', 'replace'))!r}") from None
         cut = choice.get("finish_reason") == "length"
         return Reply(self._clear(text, None), cut, known[0], known[1], self._clear(refusal))
 
     def _clear(self, said: str, shown: int | None = _SHOWN) -> str:
-        """What a server said, without the API key, on one line where it is to be shown."""
+        """What a server said, without the API key, on one line where it is to be shown.
+
+        Half a character (a lone surrogate, which JSON can hold and UTF-8 cannot) becomes a question mark.
+        """
+        said = said.encode("utf-8", "replace").decode()
         if self._secret:
             said = said.replace(self._secret, "[API key]")
         return said if shown is None else " ".join(said.split())[:shown]
@@ -146,5 +160,5 @@ def _seconds(headers: httpx.Headers) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None

@@ -7,6 +7,7 @@ endpoint answered before it failed is not asked again. A judge of texts sees no 
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ import numpy as np
 from unif2ace.endpoint.client import Endpoint, Question
 from unif2ace.endpoint.prompts import Prompt, load_prompt
 from unif2ace.evaluation.vlm import rating
+
+_MARKS = re.compile(r"[<>]{3,}")  # stand around a text that is judged: none in it ends it early
 
 
 class Asked(NamedTuple):
@@ -74,8 +77,9 @@ def ask(
     def questions() -> Iterator[Question]:
         for repeat in range(repeats):
             for item in items:
+                values = {name: _MARKS.sub(" ", value) for name, value in item.values.items()}
                 yield Question(
-                    f"{item.face}|{item.name}|{repeat}", prompt, item.values, item.image,
+                    f"{item.face}|{item.name}|{repeat}", prompt, values, item.image,
                     check=lambda value: None if score(value) is not None else "there is no score in it", seed=repeat,
                 )  # fmt: skip
 

@@ -20,12 +20,13 @@ from unif2ace.endpoint.prompts import Prompt, load_prompt
 from unif2ace.errors import UserError
 
 _YES = ("Yes", "yes", " Yes", " yes")
+_SCALE = re.compile(r"\b0\s*(?:to|and|-|–)\s*100\b")  # told again, it is no rating
 _NUMBER = re.compile(r"(?<![\d.])(\d{1,3})(?:\.\d+)?(?!\d)")
 
 
 def rating(text: str) -> float | None:
     """The first whole number from 0 to 100 in an answer, None where there is none."""
-    for found in _NUMBER.finditer(text):
+    for found in _NUMBER.finditer(_SCALE.sub("", text)):
         if int(found[1]) <= 100:
             return float(found[1])
     return None
