@@ -51,22 +51,34 @@ for part, reason in missing.items():
 tools = {"c++": "c++", "cuda c++": "nvcc"}
 sys.exit(any(part in missing and shutil.which(tool) for part, tool in tools.items()))
 """
-# A process a file, a core each: most of their time goes into compiling kernels. Whether a file has tests for a GPU is
-# seen in its text, since importing torch to find none would cost seconds a file.
+# A process a core, each with its share of every file's tests: most of their time goes into compiling kernels, and the
+# variants of one test compile different ones. Whether a file has tests for a GPU is seen in its text, since importing
+# torch to find none would cost seconds a file.
+_SHARE = """
+import sys, pytest
+first, step, *arguments = sys.argv[1:]
+class Share:
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = items[int(first)::int(step)]
+sys.exit(pytest.main(arguments, plugins=[Share()]))
+"""
 _TESTS = """
 import concurrent.futures, glob, os, subprocess, sys
-folder, which, *arguments = sys.argv[1:]
+share, folder, which, *arguments = sys.argv[1:]
 files = sorted(glob.glob(f"tests/{folder}/test_*.py"))
 if which == "gpu":
     files = [file for file in files if "mark.gpu" in open(file).read()]
-command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *arguments]
-def run(file):
-    process = subprocess.Popen([*command, file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+processes = os.cpu_count() if files else 0
+options = ["-v", "-ra", "-p", "no:cacheprovider", "--continue-on-collection-errors", *arguments]
+def run(first):
+    command = [sys.executable, "-c", share, str(first), str(processes), *options, *files]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         print(line, end="", flush=True)
     return process.wait()
-with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    codes = set(pool.map(run, files)) or {5}
+with concurrent.futures.ThreadPoolExecutor(processes or 1) as pool:
+    codes = set(pool.map(run, range(processes))) or {5}
 sys.exit(1 if codes - {0, 5} else min(codes))
 """
 _EXPLAIN = """
@@ -142,7 +154,7 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
     no_model = absent(*MODEL_NEEDS)
 
     def tests(name: str, folder: str, which: str, marks: str, seconds: float, missing: str | None = None) -> Stage:
-        command = _python("-c", _TESTS, folder, which, "-m", marks, *collect)
+        command = _python("-c", _TESTS, _SHARE, folder, which, "-m", marks, *collect)
         return Stage(name, command, seconds, absent("pytest") or missing or needs_cuda, empty_code=5)
 
     def bench(op: str, shape: str, seconds: float, *more: str, each: float = 1) -> Stage:

@@ -98,18 +98,32 @@ def test_gpu_plan_without_cuda_says_why_each_stage_is_left_out(tmp_path: Path) -
         (["def test_a(): pass", ""], "ok"),
         (["", ""], "not run"),
         (["def test_a(): pass", "raise ImportError"], "failed"),
+        ([], "not run"),
     ],
 )
-def test_gpu_tests_run_a_process_a_file(tmp_path, monkeypatch, bodies, status) -> None:
+def test_gpu_tests_run_in_shares(tmp_path, monkeypatch, bodies, status) -> None:
     folder = tmp_path / "tests" / "kernels"
     folder.mkdir(parents=True)
     for index, body in enumerate(bodies):
         (folder / f"test_{index}.py").write_text(body)
     monkeypatch.setattr(stages, "ROOT", tmp_path)
-    stage = stages.Stage("tests", [*python(gpu._TESTS), "kernels", "all"], 60, empty_code=5)
+    stage = stages.Stage("tests", [*python(gpu._TESTS), gpu._SHARE, "kernels", "all"], 60, empty_code=5)
     done = stages.run_stage(stage, 60, tmp_path / "log")
     assert done["status"] == status
-    assert ("test_0.py::test_a PASSED" in done["tail"]) == ("test_a" in bodies[0])
+    assert done["tail"].count("test_0.py::test_a PASSED") == ("test_a" in "".join(bodies))
+
+
+def test_gpu_tests_are_run_once_each_whatever_the_number_of_processes(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "tests" / "kernels"
+    folder.mkdir(parents=True)
+    marked = "import pytest\n@pytest.mark.{0}\n@pytest.mark.parametrize('i', range(5))\ndef test_{0}(i): pass\n"
+    (folder / "test_some.py").write_text(marked.format("gpu") + marked.format("slow"))
+    (folder / "test_others.py").write_text("raise ImportError")  # has none for a GPU
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    command = [*python(f"import os; os.cpu_count = lambda: 3\n{gpu._TESTS}"), gpu._SHARE, "kernels", "gpu", "-m", "gpu"]
+    done = stages.run_stage(stages.Stage("tests", command, 60, empty_code=5), 60, tmp_path / "log")
+    assert done["status"] == "ok", done["tail"]
+    assert all(done["tail"].count(f"test_gpu[{i}] PASSED") == 1 for i in range(5)) and "test_slow" not in done["tail"]
 
 
 def test_gpu_plan_asks_for_cases_and_knobs_that_exist(tmp_path: Path) -> None:
