@@ -15,7 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> arrange_cpu(const Tensor& expert_, int64_t ex
   const Tensor expert = torch::stable::contiguous(expert_);
   const int64_t rows = expert.numel();
   const auto* const chosen = expert.const_data_ptr<int64_t>();
-  Tensor counts = torch::stable::new_empty(expert, {experts}), offsets = torch::stable::new_empty(expert, {experts + 1});
+  Tensor counts = torch::stable::new_empty(expert, {experts});
+  Tensor offsets = torch::stable::new_empty(expert, {experts + 1});
   Tensor order = torch::stable::new_empty(expert, {rows});
   std::vector<int64_t> places((rows + kChunk - 1) / kChunk * experts);
   std::vector<char> out_of_range((rows + kChunk - 1) / kChunk);

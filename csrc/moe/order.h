@@ -14,10 +14,10 @@ void for_chunks_of(int64_t chunk, int64_t count, const Run& run) {
   torch::stable::parallel_for(0, (count + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) { run(begin, end); });
 }
 
-// From the expert of each slot and `places` [chunks, experts], an expert's slots in each chunk of slots: count [experts],
-// offset [experts + 1], and order [rows], slot numbers by expert and, of one, ascending. Spends `places`.
-inline void place_slots(const int64_t* expert, int64_t rows, int64_t chunk, int64_t experts, std::vector<int64_t>& places,
-                        int64_t* count, int64_t* offset, int64_t* order) {
+// From the expert of each slot and `places` [chunks, experts], an expert's slots in each chunk of slots: count
+// [experts], offset [experts + 1], and order [rows], slot numbers by expert and, of one, ascending. Spends `places`.
+inline void place_slots(const int64_t* expert, int64_t rows, int64_t chunk, int64_t experts,
+                        std::vector<int64_t>& places, int64_t* count, int64_t* offset, int64_t* order) {
   std::fill(count, count + experts, int64_t{0});
   const int64_t cells = static_cast<int64_t>(places.size());
   for (int64_t i = 0; i < cells; ++i) count[i % experts] += places[i];

@@ -1,7 +1,9 @@
-// unif2ace_native::moe_route and its backward: on the CPU over the tiles of route.h, on CUDA by the launches of route.cu.
+// unif2ace_native::moe_route and its backward: on the CPU over the tiles of route.h, on CUDA by the launches
+// of route.cu and route_backward.cu.
 //
-// On the CPU tokens are taken in chunks whose number no thread count changes, so that sums have one order: a chunk's choices and
-// partial sums in parallel, the chunks' running counts one after the other, then each chunk places its slots.
+// On the CPU tokens are taken in chunks whose number no thread count changes, so that sums have one order: a chunk's
+// choices and partial sums in parallel, the chunks' running counts one after the other, then each chunk places its
+// slots.
 #include <optional>
 #include <string>
 #include <tuple>
@@ -303,7 +305,8 @@ RouteGroups make_groups(const Tensor& logits, const Tensor& group_ids, const std
   const auto router = make_router<float>(logits, group_sizes, top_k, shared, normalize, scoring, 0);
   STD_TORCH_CHECK(coef.size() == group_sizes.size(), "balance_coef: expected one for each group");
   STD_TORCH_CHECK(router.groups() <= kMaxGroups, "group_sizes: expected at most ", kMaxGroups, " groups");
-  STD_TORCH_CHECK(group_ids.dim() == 1 && group_ids.size(0) == logits.size(0), "group_ids: expected one for each token");
+  STD_TORCH_CHECK(group_ids.dim() == 1 && group_ids.size(0) == logits.size(0),
+                  "group_ids: expected one for each token");
   RouteGroups groups{static_cast<int>(router.groups()), static_cast<int>(top_k), static_cast<int>(shared), normalize,
                      router.softmax, {}, {}};
   for (int64_t g = 0; g < router.groups(); ++g) {

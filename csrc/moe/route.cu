@@ -1,113 +1,16 @@
-// Routing in three launches, its backward in one: no atomics, no wait for the host, one order of all sums.
+// Routing in three launches: no atomics, no wait for the host, one order of all sums.
 //
 //   choose_kernel    a token on 4 to 32 lanes; slots of each expert and sums of the shares for a block of tokens
 //   scan_kernel      a block of threads per expert: its slots in the blocks of tokens before each, and in all
 //   order_kernel     places the slots of a block of tokens; one more block finishes offsets, f, P and the losses
-//   backward_kernel  a token on 4 to 32 lanes
-#include "moe/route_cuda.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
-#include <cmath>
-#include <stdexcept>
 
-#include "common/launch.cuh"
-#include "moe/route.cuh"
+#include "moe/route_token.cuh"
 
 namespace unif2ace {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kScanThreads = 256;
-constexpr unsigned kAll = 0xFFFFFFFFu;
-constexpr float kTinyFloat = static_cast<float>(kTiny);
-
-__device__ float load_float(const Strided& from, int64_t i) {
-  switch (from.type) {
-    case Number::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(from.data)[i]);
-    case Number::f16: return __half2float(static_cast<const __half*>(from.data)[i]);
-    default: return static_cast<const float*>(from.data)[i];
-  }
-}
-
-__device__ void store_float(void* to, Number type, int64_t i, float value) {
-  switch (type) {
-    case Number::bf16: static_cast<__nv_bfloat16*>(to)[i] = __float2bfloat16(value); break;
-    case Number::f16: static_cast<__half*>(to)[i] = __float2half(value); break;
-    default: static_cast<float*>(to)[i] = value;
-  }
-}
-
-__device__ int64_t load_int(const Strided& from, int64_t i) {
-  switch (from.type) {
-    case Number::i32: return static_cast<const int32_t*>(from.data)[i];
-    case Number::i16: return static_cast<const int16_t*>(from.data)[i];
-    case Number::i8: return static_cast<const int8_t*>(from.data)[i];
-    case Number::u8: return static_cast<const uint8_t*>(from.data)[i];
-    default: return static_cast<const int64_t*>(from.data)[i];
-  }
-}
-
-// Sum over the kLanes lanes of a token, in one order.
-template <int kLanes, class T>
-__device__ T sum_of_lanes(T value) {
-  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAll, value, step);
-  return value;
-}
-
-// A token on kLanes lanes: lane `place` has the columns n = v * kLanes + place of the token's group.
-template <int kLanes, int kValues>
-struct Token {
-  bool active;
-  int group, first, size, place;
-  float x[kValues], score[kValues];  // -inf and 0 where the group has no column
-  float lse;
-
-  __device__ int column(int v) const { return v * kLanes + place; }
-
-  // An id out of range is clamped, so that it leads nowhere out of bounds.
-  __device__ void load(const Strided& logits, const Strided& group_ids, const RouteGroups& groups, int64_t t, bool is) {
-    active = is;
-    place = static_cast<int>(threadIdx.x) % kLanes;
-    const int64_t id = active ? load_int(group_ids, t * group_ids.stride0) : 0;
-    group = static_cast<int>(id < 0 ? 0 : id < groups.count ? id : groups.count - 1);
-    first = groups.first[group];
-    size = active ? groups.first[group + 1] - first : 0;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      const int n = column(v);
-      x[v] = n < size ? load_float(logits, t * logits.stride0 + (first + n) * logits.stride1) : -INFINITY;
-    }
-  }
-
-  // to = softmax of x, lse its logsumexp.
-  __device__ void softmax(float (&to)[kValues]) {
-    float largest = -INFINITY, sum = 0;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) largest = x[v] > largest ? x[v] : largest;
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(kAll, largest, step);
-      largest = other > largest ? other : largest;
-    }
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      to[v] = column(v) < size ? expf(x[v] - largest) : 0.0f;
-      sum += to[v];
-    }
-    sum = sum_of_lanes<kLanes>(sum);
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) to[v] /= sum;
-    lse = largest + logf(sum);
-  }
-
-  __device__ void scores(bool by_softmax, bool with_lse) {
-    if (by_softmax || with_lse) softmax(score);
-    if (by_softmax) return;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) score[v] = column(v) < size ? 1.0f / (1.0f + expf(-x[v])) : 0.0f;
-  }
-};
+constexpr int kScanThreads = 256;
 
 template <int kLanes, int kValues>
 __global__ void __launch_bounds__(kThreads)
@@ -193,7 +96,8 @@ __global__ void __launch_bounds__(kThreads)
           own_shares[token.first + token.column(v)] += token.score[v] / share_total;
           own_counts[token.first + token.column(v)] += slot[v] >= 0;
         }
-        for (int s = token.place; s < groups.shared; s += kLanes) ++own_counts[routed + groups.shared * token.group + s];
+        for (int s = token.place; s < groups.shared; s += kLanes)
+          ++own_counts[routed + groups.shared * token.group + s];
       }
       __syncwarp();
     }
@@ -349,118 +253,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <int kLanes, int kValues>
-__global__ void __launch_bounds__(kThreads) backward_kernel(RouteBackward a, RouteGroups groups) {
-  const int64_t t = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
-  const int routed = groups.first[groups.count], slots = groups.top_k + groups.shared;
-  Token<kLanes, kValues> token;
-  token.load(a.logits, a.group_ids, groups, t, t < a.tokens);
-  token.scores(groups.softmax, false);
-  float grad[kValues] = {};  // of the scores
-
-  if (a.grad_balance != nullptr || a.grad_probability != nullptr) {
-    int64_t counts[kValues], in_group = 0;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      counts[v] = token.column(v) < token.size ? a.counts[token.first + token.column(v)] : 0;
-      in_group += counts[v];
-    }
-    const int64_t in_all = sum_of_lanes<kLanes>(in_group) / groups.top_k;
-    const float tokens = static_cast<float>(in_all > 0 ? in_all : 1);
-    float scale = 0;
-    if (a.grad_balance != nullptr)
-      scale = *a.grad_balance * groups.coef[token.group] * static_cast<float>(token.size) /
-              (static_cast<float>(groups.top_k) * tokens);
-    float sum = 0, dot = 0;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      if (token.column(v) >= token.size) continue;
-      grad[v] = scale * static_cast<float>(counts[v]);
-      if (a.grad_probability != nullptr)
-        grad[v] += a.grad_probability[(token.first + token.column(v)) * a.stride_probability];
-      grad[v] /= tokens;
-      sum += token.score[v];
-      dot += grad[v] * token.score[v];
-    }
-    if (!groups.softmax) {  // a share is a score over the sum of the scores
-      sum = sum_of_lanes<kLanes>(sum) + kTinyFloat;
-      dot = sum_of_lanes<kLanes>(dot) / sum;
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) grad[v] = (grad[v] - dot) / sum;
-    }
-  }
-  if (a.grad_weight.data != nullptr) {
-    bool chosen[kValues] = {};
-    float picked[kValues] = {}, sum = 0, dot = 0;
-    for (int k = 0; token.active && k < groups.top_k; ++k) {
-      const int64_t expert = a.expert[t * slots + k];
-      const float value = load_float(a.grad_weight, t * a.grad_weight.stride0 + k * a.grad_weight.stride1);
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) {
-        if (token.first + token.column(v) != expert) continue;
-        chosen[v] = true;
-        picked[v] = value;
-        sum += token.score[v];
-        dot += value * token.score[v];
-      }
-    }
-    if (groups.normalize) {
-      sum = sum_of_lanes<kLanes>(sum) + kTinyFloat;
-      dot = sum_of_lanes<kLanes>(dot) / sum;
-    } else {
-      sum = 1, dot = 0;
-    }
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      if (chosen[v]) grad[v] += (picked[v] - dot) / sum;
-    }
-  }
-  float dot = 0;
-#pragma unroll
-  for (int v = 0; v < kValues; ++v) dot += token.column(v) < token.size ? grad[v] * token.score[v] : 0.0f;
-  dot = sum_of_lanes<kLanes>(dot);
-#pragma unroll
-  for (int v = 0; v < kValues; ++v)
-    grad[v] = token.score[v] * (groups.softmax ? grad[v] - dot : grad[v] * (1.0f - token.score[v]));
-  if (a.grad_z != nullptr) {
-    float probability[kValues];
-    token.softmax(probability);
-    const float scale = *a.grad_z * 2.0f * a.z_scale * token.lse;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) grad[v] += scale * probability[v];
-  }
-  if (!token.active) return;
-#pragma unroll
-  for (int v = 0; v < kValues; ++v) {
-    if (token.column(v) < token.size)
-      store_float(a.grad, a.logits.type, t * routed + token.first + token.column(v), grad[v]);
-  }
-  for (int c = token.place; c < routed; c += kLanes) {
-    if (c < token.first || c >= token.first + token.size) store_float(a.grad, a.logits.type, t * routed + c, 0.0f);
-  }
-}
-
 int tokens_of_block(int64_t tokens) { return tokens <= 1 << 16 ? 64 : 512; }
-
-// Calls run(lanes, values) with the fewest lanes and registers that hold the widest group's columns.
-#define UNIF2ACE_FOR_WIDTH(widest, RUN)                                                     \
-  do {                                                                                      \
-    if ((widest) <= 4) RUN(4, 1);                                                           \
-    else if ((widest) <= 8) RUN(8, 1);                                                      \
-    else if ((widest) <= 16) RUN(16, 1);                                                    \
-    else if ((widest) <= 32) RUN(32, 1);                                                    \
-    else if ((widest) <= 64) RUN(32, 2);                                                    \
-    else if ((widest) <= 128) RUN(32, 4);                                                   \
-    else if ((widest) <= 256) RUN(32, 8);                                                   \
-    else if ((widest) <= 1024) RUN(32, 32);                                                 \
-    else throw std::runtime_error("group_sizes: expected at most 1024 experts in a group"); \
-  } while (0)
-
-int widest_group(const RouteGroups& groups) {
-  int widest = 0;
-  for (int g = 0; g < groups.count; ++g) widest = std::max(widest, groups.first[g + 1] - groups.first[g]);
-  return widest;
-}
 
 }  // namespace
 
@@ -478,16 +271,6 @@ void launch_route(const RouteForward& a, const RouteGroups& groups, cudaStream_t
 #undef UNIF2ACE_CHOOSE
   UNIF2ACE_LAUNCH(scan_kernel, std::max(experts, routed + 1), kScanThreads, 0, stream, a, routed, experts, blocks);
   UNIF2ACE_LAUNCH(order_kernel, grid + 1, kThreads, order_bytes, stream, a, groups, of_block, blocks);
-}
-
-void launch_route_backward(const RouteBackward& a, const RouteGroups& groups, cudaStream_t stream) {
-  if (a.tokens == 0) return;
-#define UNIF2ACE_BACKWARD(lanes, values)                                                                          \
-  UNIF2ACE_LAUNCH((backward_kernel<lanes, values>),                                                               \
-                  static_cast<unsigned>((a.tokens + kThreads / lanes - 1) / (kThreads / lanes)), kThreads, 0, stream, a, \
-                  groups)
-  UNIF2ACE_FOR_WIDTH(widest_group(groups), UNIF2ACE_BACKWARD);
-#undef UNIF2ACE_BACKWARD
 }
 
 }  // namespace unif2ace

@@ -1,7 +1,7 @@
 // Routing on the host: 16 tokens side by side, so that every loop over them is one vector instruction or two.
 //
-// A tile holds, for each of its tokens (lanes), the columns of the token's own group: x[n * kLanes + lane]. A lane whose
-// group is smaller than the largest of the tile is padded with -inf, which is never chosen.
+// A tile holds, for each of its tokens (lanes), the columns of the token's own group: x[n * kLanes + lane]. A lane
+// whose group is smaller than the largest of the tile is padded with -inf, which is never chosen.
 #pragma once
 
 #include <algorithm>
@@ -267,7 +267,8 @@ UNIF2ACE_INLINE void backward_tile(const Router<Real>& router, const Cotangent<R
     for (int64_t n = 0; n < columns; ++n)
       for (int64_t l = 0; l < kLanes; ++l) dot[l] += grad[n * kLanes + l] * score[n * kLanes + l];
     for (int64_t n = 0; n < columns; ++n)
-      for (int64_t l = 0; l < kLanes; ++l) grad[n * kLanes + l] = score[n * kLanes + l] * (grad[n * kLanes + l] - dot[l]);
+      for (int64_t l = 0; l < kLanes; ++l)
+        grad[n * kLanes + l] = score[n * kLanes + l] * (grad[n * kLanes + l] - dot[l]);
   } else {
     for (int64_t i = 0; i < numbers; ++i) grad[i] *= score[i] * (Real(1) - score[i]);
   }

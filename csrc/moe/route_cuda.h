@@ -1,4 +1,4 @@
-// The launchers between route.cu (which knows no torch) and route.cpp (which knows no CUDA).
+// The launchers between route.cu, route_backward.cu (which know no torch) and route.cpp (which knows no CUDA).
 #pragma once
 
 #include <cstdint>

@@ -99,7 +99,8 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
 }
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_CPU_SITE) {
-  const auto& gathered = cuda_on_cpu::block.collective(mask, cuda_on_cpu::to_word(value), {"__match_any_sync", file, line});
+  const auto& gathered =
+      cuda_on_cpu::block.collective(mask, cuda_on_cpu::to_word(value), {"__match_any_sync", file, line});
   unsigned bits = 0;
   for (unsigned i = 0; i < 32; ++i)
     bits |= (mask >> i & 1) && gathered[i] == cuda_on_cpu::to_word(value) ? 1u << i : 0;

@@ -1,5 +1,7 @@
-// csrc/moe/route.cu as it is, on fibers. Tensors of any dtype come as the bytes of their storage.
+// csrc/moe/route.cu and route_backward.cu as they are, on fibers. Tensors of any dtype come as the bytes of their
+// storage.
 #include "moe/route.cu"
+#include "moe/route_backward.cu"
 
 #include "cuda_on_cpu_python.h"
 
