@@ -210,9 +210,9 @@ class UniF2aceConfig(PreTrainedConfig):
                 raise ValueError(f"config.{name}: expected a {kind.__name__} or a dict of its fields, got {value!r}")
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_tokens")
         for name in (*sizes, "text_slots", "identity", "semantic"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.{name}: expected an integer of at least 1, got {value!r}")
+            value, least = getattr(self, name), 3 if name == "text_slots" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"config.{name}: expected an integer of at least {least}, got {value!r}")
         if self.num_hidden_layers > LARGEST_DEPTH:  # each is built before a weight is read
             expected = f"at most {LARGEST_DEPTH}"
             raise ValueError(f"config.num_hidden_layers: expected {expected}, got {self.num_hidden_layers}")

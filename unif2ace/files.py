@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +39,27 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # never made, or its folder is not one
             partial.unlink()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder, where there is none, and hold it; a process that dies lets go of it.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in processes that were forked
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system knows no locks
+                raise UserError(f"{folder} is held by another process that writes to it") from error
+        yield
 
 
 def write_json(path: Path, value: object) -> None:

@@ -221,8 +221,14 @@ def test_shards_made_otherwise_are_not_gone_on_with(raw, tmp_path, change, key):
 
 
 def test_two_at_once(raw, tmp_path):
-    with module._alone_in(tmp_path), pytest.raises(UserError, match="is another process writing to it"):
-        made(raw, tmp_path)
+    holds = "import pathlib, sys, unif2ace.files\nwith unif2ace.files.alone_in(pathlib.Path(sys.argv[1])):\n"
+    told = [sys.executable, "-c", f"{holds}    print(flush=True), input()", tmp_path]
+    with subprocess.Popen(told, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="is held by another process"):
+            made(raw, tmp_path)
+        other.kill()
+    made(raw, tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"shard": 0}, {"batch": 0}, {"processes": 0}, {"max_corrupt": -1}])
@@ -232,6 +238,8 @@ def test_bad_settings(raw, tmp_path, change):
         made(raw, tmp_path, **change)
     with pytest.raises(UserError, match=r"encoding\.frame: expected one of face, square, got 'x'"):
         precompute(PrecomputeConfig(SetConfig(str(raw)), EncodingConfig("", frame="x"), str(tmp_path)))
+    with pytest.raises(UserError, match=r"encoding\.device: expected a device that torch has here, .* got 'tpu'"):
+        precompute(PrecomputeConfig(SetConfig(str(raw)), EncodingConfig("", device="tpu"), str(tmp_path)))
 
 
 @pytest.fixture(scope="module")

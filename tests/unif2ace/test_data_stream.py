@@ -179,8 +179,8 @@ def test_another_mix_goes_on_where_each_task_was(stream):
 def test_other_samples_are_no_continuation(stream, text, model, tmp_path):
     state = stream().state_dict()
     other = Stream(sets.config(SetConfig(str(sets.shards(tmp_path, 20)))), model, text)
-    for refused in (other, stream({"seed": 1})):
-        with pytest.raises(UserError, match="the samples or the seed are others"):
+    for refused, told in ((other, "data.sets: other samples"), (stream({"seed": 1}), r"data.seed: expected \d, .* 1$")):
+        with pytest.raises(UserError, match=told):
             refused.load_state_dict({**state, "step": 7})
         refused.load_state_dict({**state, "step": 7}, same_data=False)
         assert refused.step == 7 and set(refused.places(7).values()) == {0}

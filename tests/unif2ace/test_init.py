@@ -264,6 +264,8 @@ def test_pictures_without_a_face_are_of_no_use_to_the_frame_of_a_face(faces, tmp
         (["--identity=clip:x"], "identity: expected one of antelopev2, arcface-mbf, sface"),
         (["--semantic=tokenizer"], "semantic: expected one of clip, open-clip, image_tokenizer"),
         (["--sets.0.path=/nowhere"], "sets[0].path: /nowhere is not there"),
+        (["--model.text_slots=2"], "model.text_slots: expected an integer of at least 3, got 2"),
+        (["--device=tpu"], "device: expected a device that torch has here, such as cpu, got 'tpu'"),
         (["--model=3"], "model: expected keys and values, got 3"),
     ],
 )

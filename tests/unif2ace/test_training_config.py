@@ -13,7 +13,7 @@ import yaml
 from unif2ace.cli import main
 from unif2ace.errors import UserError
 from unif2ace.training import states
-from unif2ace.training.config import plain, read_config
+from unif2ace.training.config import changes, plain, read_config
 from unif2ace.training.gradients import PARTS, freeze, part_of
 from unif2ace.training.sharding import copies, local
 
@@ -47,6 +47,8 @@ def changed(values: dict, key: str, value) -> dict:
         ("stages.0.data", {"mix": {"t2i": "many"}}, "stages[0].data.mix.t2i", "a number"),
         ("optimizer.beta2", 1.0, "optimizer.beta2", "below 1"),
         ("optimizer.eps", 0.0, "optimizer.eps", "above 0"),
+        ("optimizer.eps", float("inf"), "optimizer.eps", "above 0, got inf"),
+        ("optimizer.weight_decay", float("inf"), "optimizer.weight_decay", "at least 0, got inf"),
         ("optimizer.weight_decay", -0.1, "optimizer.weight_decay", "at least 0"),
         ("optimizer.clip", 0.0, "optimizer.clip", "above 0"),
         ("parallel.precision", "fp8", "parallel.precision", "one of float32, bf16, got 'fp8'"),
@@ -57,6 +59,10 @@ def changed(values: dict, key: str, value) -> dict:
         ("parallel.sharded", -1, "parallel.sharded", "at least 0"),
         ("parallel.threads", -1, "parallel.threads", "at least 0"),
         ("parallel.timeout", 0.0, "parallel.timeout", "above 0"),
+        ("parallel.timeout", float("inf"), "parallel.timeout", "a million at most"),
+        ("seed", 2**63, "seed", "0 to 2**63 - 1"),
+        ("data.seed", 2**63, "stages[0].data.seed", "0 to 2**63 - 1"),
+        ("data.describe", ["what ?", " "], "stages[0].data.describe[1]", "a text, got ' '"),
         ("save.every", 0, "save.every", "at least 1"),
         ("save.keep", 0, "save.keep", "at least 1"),
         ("save.minutes", -1.0, "save.minutes", "at least 0"),
@@ -94,6 +100,7 @@ def test_a_stage_puts_its_keys_over_the_runs(prepared):
 @pytest.mark.parametrize(
     ("ranks", "parallel", "message"),
     [
+        (0, {}, "--ranks: expected at least 1, got 0"),
         (3, {"experts": 2}, "parallel.experts: expected a divisor of the 3 ranks, got 2"),
         (4, {"sharded": 3}, "parallel.sharded: expected a divisor of the 4 ranks, got 3"),
         (5, {}, "stages[0].data.batch: 8 rows are {'t2i': 4, 'mmu': 4, 'lm': 0} a step, too few for 5 ranks"),
@@ -145,6 +152,33 @@ def test_a_state_becomes_a_checkpoint(prepared, capsys):
     assert "has no state before step 3; there are: 4, 8, 9" in capsys.readouterr().err
     assert main(["export", str(folder / "start")]) == 1
     assert "name the folder of a run" in capsys.readouterr().err
+
+
+def test_what_a_state_lacks_is_told_by_the_key_that_asks_for_it(prepared):
+    """Not as damage, with the advice to remove the state."""
+    folder, values = prepared
+    run = folder / "lacks"
+    stage = {"name": "s", "steps": 1, "freeze": ["blocks.0.*"]}
+    path = runs.write(values | {"run": str(run), "stages": [stage]}, folder / "lacks.json")
+    runs.train(path)
+    (state,) = states.listed(run / "states")
+    frozen = next(name for name in sorted(states.names(state)) if name.startswith("model.blocks.0."))[6:]
+    for wanted, told in (
+        (f"ema.{frozen}", "ema: expected 0, "),
+        (f"optimizer.{frozen}.exp_avg", f"freeze: {frozen} was not trained in this stage"),
+        ("model.blocks.7.x", "checkpoint: the run so far is of another model, without blocks.7.x"),
+    ):
+        with pytest.raises(UserError, match=f"^{state}: {told}"):
+            states.load(state, {wanted: torch.zeros(1)})
+
+
+def test_settings_that_changed_by_their_keys():
+    before = {"a": 1, "b": {"c": [1, {"d": 2}]}, "e": None, "f": [1]}
+    after = {"a": 1, "b": {"c": [1, {"d": 3}]}, "e": {"g": 1}, "f": [1, 2], "h": 0}
+    assert changes(before, after) == {
+        "b.c[1].d": [2, 3], "e": [None, {"g": 1}], "f[1]": [None, 2], "h": [None, 0],
+    }  # fmt: skip
+    assert changes(before, before) == {}
 
 
 def test_a_damaged_state_is_named(prepared):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import training_runs as runs
+import yaml
 
 from unif2ace.training import states
 
@@ -252,6 +253,42 @@ def test_what_one_rank_cannot_read_all_are_told(prepared):
         assert ranks.wait() == [1, 1]
         assert ranks.said.count("unif2ace: ") == 1 and "it has no codes; run `unif2ace precompute`" in ranks.said
         assert "Traceback" not in ranks.said
+
+
+def test_two_at_once_are_one(prepared):
+    """The second would remove what the first one writes."""
+    folder, config = prepared
+    run = folder / "twice"
+    with runs.Ranks(config, f"--run={run}", "--stages.0.steps=500", hook="training_hooks:slow_steps") as going:
+        while not (run / "log.jsonl").exists() or len(runs.records(run)) < 1:
+            assert going.wait(0.05) == [None], going.said
+        with runs.Ranks(runs.write(json.loads(config.read_text()), folder / "second.json"), f"--run={run}") as second:
+            assert second.wait() == [1]
+            assert second.said == f"unif2ace: {run} is held by another process that writes to it\n"
+        assert going.wait(0.0) == [None]
+    assert len(runs.events(run, "started")) == 1 and not runs.events(run, "resumed")
+
+
+def test_what_changed_is_told_and_what_is_refused_is_not_taken(prepared):
+    folder, config = prepared
+    run = folder / "changed"
+    short = [f"--run={run}", "--stages.1.steps=2", "--stages.0.steps=2"]
+    runs.train(config, *short)
+    was = (run / "config.yaml").read_bytes()
+    with runs.Ranks(config, *short, "--stages.1.steps=3", "--data.seed=7") as ranks:
+        assert ranks.wait() == [1]
+        assert "data.seed: expected 0, the run's so far, got 7" in ranks.said, ranks.said
+    assert (run / "config.yaml").read_bytes() == was and not runs.events(run, "changed")
+    with runs.Ranks(config, *short, "--stages.1.steps=3", "--stages.1.lr=1e-3") as ranks:
+        assert ranks.wait() == [0], ranks.said
+        told = [line for line in ranks.said.splitlines() if line.startswith("unif2ace: ")]
+    assert told == [
+        f"unif2ace: {run} goes on with step 4 of 5",
+        f"unif2ace: {run} goes on with other settings: stages[1].steps 2 -> 3, stages[1].lr 0.01 -> 0.001",
+    ]
+    (event,) = runs.events(run, "changed")
+    assert event["step"] == 4 and event["settings"] == {"stages[1].steps": [2, 3], "stages[1].lr": [0.01, 0.001]}
+    assert yaml.safe_load((run / "config.yaml").read_text())["stages"][1]["lr"] == 0.001
 
 
 def test_a_stage_may_have_other_data(prepared):

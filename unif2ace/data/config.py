@@ -146,6 +146,9 @@ class DataConfig:
         need(self.over_long in ("truncate", "drop"), "over_long", "truncate or drop")
         need(self.questions >= 1, "questions", "at least 1")
         need(self.prefetch >= 1, "prefetch", "at least 1")
-        for key in ("text_length", "lm_length", "max_corrupt", "workers", "seed"):
+        for index, text in enumerate(self.describe):
+            need(bool(text.strip()), f"describe[{index}]", "a text")
+        for key in ("text_length", "lm_length", "max_corrupt", "workers"):
             need(getattr(self, key) >= 0, key, "at least 0")
+        need(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1")
         return self

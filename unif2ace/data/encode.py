@@ -57,11 +57,12 @@ class EncodingConfig:
         """Load the networks.
 
         Raises:
-            UserError: one is missing or damaged.
+            UserError: one is missing or damaged, or there is no such device.
         """
         from unif2ace.data.identity import FRAME
         from unif2ace.encoders import encoder
 
+        check_device(self.device, "encoding.device")
         tokenizer, fingerprint = load_image_tokenizer(Path(self.tokenizer))
         known: dict[str, Any] = {"frame": FRAME} if self.frame == "face" else {"largest": True}
         return Encoding(
@@ -157,6 +158,14 @@ def _features(encoder: Features, views: list[np.ndarray], wheres: list[str]) -> 
         if len(views) == 1:
             return [SampleError(wheres[0], str(error), corrupt=False)]
     return [_features(encoder, [view], [where])[0] for view, where in zip(views, wheres)]
+
+
+def check_device(name: str, where: str) -> None:
+    """UserError, with the config's key `where`, for a device that torch does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"{where}: expected a device that torch has here, such as cpu, got {name!r}") from error
 
 
 def face_frame(picture: np.ndarray, side: int) -> np.ndarray:

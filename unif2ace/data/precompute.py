@@ -7,8 +7,6 @@ index is there; whatever else a stopped run left is made again.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -28,7 +26,7 @@ from unif2ace.data.samples import Sample, SampleError
 from unif2ace.data.shards import FORMAT, JOB, MANIFEST, index_path, shard_name, write_shard
 from unif2ace.data.sources import Source, open_source
 from unif2ace.errors import UserError
-from unif2ace.files import digest, read_json, write_json
+from unif2ace.files import alone_in, digest, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def precompute(config: PrecomputeConfig, progress: bool = True) -> dict[str, Any
     }
     name = digest(json.dumps(job, sort_keys=True).encode())
     out = Path(config.out)
-    with _alone_in(out):
+    with alone_in(out):
         _same_job(out, job)
         for left in out.glob(".*.partial"):
             left.unlink()
@@ -148,22 +146,6 @@ def _same_job(out: Path, job: dict[str, Any]) -> None:
             f"{out} holds shards made with another {key} ({before.get(key)} there, {job[key]} now): name "
             "another folder or remove it"
         )
-
-
-@contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Hold the folder; a process that dies lets go of it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}; choose another folder") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out} cannot be held ({error.strerror}): is another process writing to it?") from error
-        yield
 
 
 class _Worker:

@@ -123,7 +123,7 @@ class Stream:
         progress: bool = False,
         where: str = "data",
     ) -> None:
-        self.data, self.counts = data.check(where), data.counts
+        self.data, self.counts, self.where = data.check(where), data.counts, where
         if not 0 <= rank < ranks:
             raise ValueError(f"rank: expected 0 to ranks - 1 = {ranks - 1}, got {rank}")
         if micro < 1:
@@ -192,9 +192,12 @@ class Stream:
         Raises:
             UserError: the state is of other samples or of another seed.
         """
-        same = (state["fingerprint"], state["seed"]) == (self.fingerprint, self.data.seed)
+        seed, same = state["seed"] == self.data.seed, state["fingerprint"] == self.fingerprint
+        if same_data and not seed:
+            raise UserError(f"{self.where}.seed: expected {state['seed']}, the run's so far, got {self.data.seed}")
         if same_data and not same:
-            raise UserError("the samples or the seed are others than the checkpoint's, so the run cannot go on exactly")
+            raise UserError(f"{self.where}.sets: other samples than the run's so far, so it cannot go on exactly")
+        same = same and seed
         self.step = state["step"]
         self._base = (self.step, {task: state["places"][task] if same else 0 for task in TASKS})
         self.corrupt |= state["corrupt"] if same else {}

@@ -202,8 +202,8 @@ class TrainConfig:
             stage.data.check(f"{at}.data")
         for name in ("beta1", "beta2"):
             need(0 <= getattr(self.optimizer, name) < 1, f"optimizer.{name}", "at least 0 and below 1")
-        need(self.optimizer.eps > 0, "optimizer.eps", "above 0")
-        need(self.optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")
+        need(0 < self.optimizer.eps < math.inf, "optimizer.eps", "above 0")
+        need(0 <= self.optimizer.weight_decay < math.inf, "optimizer.weight_decay", "at least 0")
         need(self.optimizer.clip > 0, "optimizer.clip", "above 0")
         for key, choices in (("device", DEVICES), ("precision", PRECISIONS), ("checkpointing", CHECKPOINTING)):
             need(getattr(self.parallel, key) in choices, f"parallel.{key}", f"one of {', '.join(choices)}")
@@ -211,13 +211,14 @@ class TrainConfig:
             need(getattr(self.parallel, key) >= 1, f"parallel.{key}", "at least 1")
         for key in ("threads", "sharded"):
             need(getattr(self.parallel, key) >= 0, f"parallel.{key}", "at least 0")
-        need(self.parallel.timeout > 0, "parallel.timeout", "minutes above 0")
+        need(0 < self.parallel.timeout <= 1e6, "parallel.timeout", "minutes above 0, a million at most")
         need(self.save.every >= 1, "save.every", "at least 1")
         need(self.save.minutes >= 0, "save.minutes", "at least 0")
         need(self.save.keep >= 1, "save.keep", "at least 1")
         need(self.save.keep_every >= 0, "save.keep_every", "at least 0")
         need(0 <= self.ema < 1, "ema", "at least 0 and below 1")
         need(self.max_skipped >= 0, "max_skipped", "at least 0")
+        need(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1")
         if self.encoding is not None:
             self.encoding.check("encoding")
         self.watch.check("watch")
@@ -229,6 +230,8 @@ class TrainConfig:
         Raises:
             UserError: the message names the key.
         """
+        if ranks < 1:
+            raise UserError(f"--ranks: expected at least 1, got {ranks}")
         for key, value in (("experts", self.parallel.experts), ("sharded", self.parallel.sharded or ranks)):
             if ranks % value:
                 raise UserError(f"parallel.{key}: expected a divisor of the {ranks} ranks, got {value}")
@@ -263,6 +266,20 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _over(merged[key], value) if both else value
     return merged
+
+
+def changes(before: Any, after: Any, key: str = "") -> dict[str, list[Any]]:
+    """[before, after] by key, of plain values that are not the same."""
+    if isinstance(before, list) and isinstance(after, list):
+        before, after = ({f"[{i}]": each for i, each in enumerate(values)} for values in (before, after))
+    elif isinstance(before, dict) and isinstance(after, dict):
+        before, after = ({f".{name}": each for name, each in values.items()} for values in (before, after))
+    else:
+        return {} if before == after else {key.removeprefix("."): [before, after]}
+    found: dict[str, list[Any]] = {}
+    for name in [*before, *after]:
+        found |= changes(before.get(name), after.get(name), key + name)
+    return found
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

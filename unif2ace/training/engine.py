@@ -17,11 +17,12 @@ from torch import distributed as dist
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
-from unif2ace.files import replacing, write_json
+from unif2ace.files import alone_in, replacing, write_json
 from unif2ace.training import samples, states
-from unif2ace.training.config import TrainConfig, plain
+from unif2ace.training.config import TrainConfig, changes, plain
 from unif2ace.training.export import export
 from unif2ace.training.feed import Work, feed
+from unif2ace.training.journal import tell
 from unif2ace.training.profile import path_of, profiled
 from unif2ace.training.readings import readings
 from unif2ace.training.stage import Stage
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CONFIG, SKIPPED = "config.yaml", "skipped.json"
 _ASKED = 4  # faces that samples ask about
+_TOLD = 6  # settings that changed, in one line
 
 
 class Stopped(Exception):
@@ -56,20 +58,12 @@ def train(config: TrainConfig) -> None:
     """
     with join(config.parallel) as world, Signals() as signals, contextlib.ExitStack() as stack:
         world.together(lambda: config.check_ranks(world.ranks))
-        if world.rank == 0:
-            world_file(config)
         run = Run(config, world, signals)
         step = run.start(stack)
         while step < config.steps:
             step = run.stage(config.stage_at(step)[0])
         if world.rank == 0:
             export(config, run.saved.folder)
-
-
-def world_file(config: TrainConfig) -> None:
-    """Write RUN/config.yaml."""
-    with replacing(config.folder / CONFIG) as partial:
-        partial.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
 
 
 class Run:
@@ -81,9 +75,16 @@ class Run:
         self.saved = States(config.folder / "states", config.save, world.host, world.writing, self._event)
         self.state: Path | None = None
         self.faces: Faces | None = None
+        self.settled = False
 
     def start(self, stack: contextlib.ExitStack) -> int:
         """The step that comes next."""
+
+        def hold() -> None:
+            if self.world.rank == 0:
+                stack.enter_context(alone_in(self.config.folder))
+
+        self.world.together(hold)
         self.state = self.saved.latest()
         step = states.number(self.state) if self.state else 0
 
@@ -110,6 +111,7 @@ class Run:
         self.world.together(
             lambda: samples.check(watch.prompts, watch.questions, start.text_tokenizer, stage.model.config, "watch")
         )
+        self.world.together(lambda: self._settle(stage.stream.step))
         until = stage.first + stage.stage.steps
         self._event("stage", stage.stream.step, stage=stage.stage.name, steps=stage.stage.steps)
         began = saved_at = time.monotonic()
@@ -149,6 +151,25 @@ class Run:
         if step not in self.config.watch.profile:
             return contextlib.nullcontext()
         return profiled(path_of(self.config.folder, step, self.world.rank))
+
+    def _settle(self, step: int) -> None:
+        """Write RUN/config.yaml, now that the run goes on with it; tell what of it is other than it was."""
+        if self.settled or self.watch is None:
+            return
+        self.settled, path, before = True, self.config.folder / CONFIG, None
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # none yet, or one that is of no use
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = plain(self.config)
+        with replacing(path) as partial:
+            partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        if self.state is None or not isinstance(before, dict):
+            return
+        left_out = {"run": None, "data": None}  # where the folder lies; what each stage has of its own
+        if found := changes(before | left_out, values | left_out):
+            self._event("changed", step, settings=found)
+            said = [f"{key} {old!r:.40} -> {new!r:.40}" for key, (old, new) in found.items()]
+            more = f" and {len(said) - _TOLD} more, see {path}" if len(said) > _TOLD else ""
+            tell(f"{self.config.run} goes on with other settings: {', '.join(said[:_TOLD])}{more}")
 
     def _at(self) -> int:
         return states.number(self.state) if self.state is not None else -1

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from unif2ace.checkpoint import TEXT, Checkpoint
 from unif2ace.configs import NESTED, UniF2aceConfig, VocabularyConfig
 from unif2ace.data.config import DataConfig, SetConfig
-from unif2ace.data.encode import FRAMES, face_frame, load_image_tokenizer, square_frame
+from unif2ace.data.encode import FRAMES, check_device, face_frame, load_image_tokenizer, square_frame
 from unif2ace.data.samples import Sample, SampleError
 from unif2ace.data.sources import Source, open_source
 from unif2ace.errors import UserError
@@ -165,6 +165,7 @@ def initialise(config: InitConfig) -> dict[str, Any]:
         UserError: a key is wrong, a set or a part cannot be read, the folder is of something else or cannot be written.
     """
     config.check()
+    check_device(config.device, "device")
     sources = [open_source(each, f"sets[{index}]") for index, each in enumerate(config.sets)]
     out = Path(config.out)
     _same_job(out, config, sources)

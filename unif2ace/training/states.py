@@ -165,17 +165,30 @@ def load(state: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
     """Fill `tensors` in place from a state, by name; without a group in this process alone.
 
     Raises:
-        UserError: the state is damaged, or lacks one of them.
+        UserError: the state is damaged, or lacks one of them; the message names the config's key that asks for it.
     """
-    missing = sorted(tensors.keys() - names(state))
+    held = names(state)
+    missing = sorted(tensors.keys() - held)
     if missing:
-        raise damaged(state, f"it has no {missing[0]}, or is of another model")
+        raise UserError(f"{state}: {_why_missing(missing, held)}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             dcp.load(tensors, checkpoint_id=state, process_group=group, no_dist=group is None)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise damaged(state, _reason(error)) from error
+
+
+def _why_missing(missing: list[str], held: set[str]) -> str:
+    """The key of the config that asks for tensors that the run has not kept."""
+    for each in missing:
+        kind, _, name = each.partition(".")
+        if kind == "ema" and not any(other.startswith("ema.") for other in held):
+            return "ema: expected 0, as the run so far kept no average of its weights"
+        parameter = name.rpartition(".")[0]
+        if kind == "optimizer" and f"model.{parameter}" in held:
+            return f"freeze: {parameter} was not trained in this stage so far; a new stage can begin to"
+    return f"checkpoint: the run so far is of another model, without {missing[0].partition('.')[2]}"
 
 
 def names(state: Path) -> set[str]:

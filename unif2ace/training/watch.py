@@ -130,6 +130,9 @@ class Watch:
             self._views.append(WandB(folder, config.wandb, described))
         first = {"dropped": dropped, **described} if again else described
         self.event("resumed" if again else "started", start_step, total_steps=total_steps, **first)
+        if again:
+            undone = f", {dropped} lines of its log are left out" if dropped else ""
+            journal.tell(f"{folder} goes on with step {start_step} of {total_steps}{undone}")
 
     @property
     def failures(self) -> int:
