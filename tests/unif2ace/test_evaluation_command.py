@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import sets
-from evaluations import Inception, doubles  # noqa: F401
+from evaluations import SIDE, Inception, doubles  # noqa: F401
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.cli import main
+from unif2ace.data.attributes import classify, fit_thresholds, measure
+from unif2ace.data.dataset import FaceSet
 from unif2ace.evaluation import page, work
 
 pytestmark = pytest.mark.usefixtures("doubles")
@@ -51,6 +55,22 @@ def test_the_command_writes_one_page_of_several_runs(untrained, tmp_path, capsys
     for words in ("88.0", "other faces", "95 % interval", "Ablations", "alpha 0.1", "none is better than"):
         assert words in text, words
     assert text.count("data:image/jpeg") >= 8
+
+
+def test_runs_on_their_own_faces_are_not_compared(untrained, tmp_path, capsys):
+    """Two demo runs: as many held-out faces of the same name, and other ones."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for seed, run in enumerate(runs):
+        shutil.copytree(untrained, run / "checkpoint")
+        images = np.random.default_rng(seed).integers(0, 256, (8, SIDE, SIDE, 3), dtype=np.uint8)
+        thresholds = fit_thresholds(measure(images))
+        classes = classify(measure(images), thresholds)
+        FaceSet(images, classes, thresholds, np.zeros((8, 4), np.float32), 4, {"held_out": 4}).save(run / "faces.npz")
+    arguments = ["--paint.steps=1", "--answer_tokens=2", "--caption_tokens=2", "--questions=1", "--faces=2"]
+    assert main(["evaluate", *map(str, runs), "--out", str(tmp_path / "out"), *arguments]) == 0
+    assert "not measured on the same faces" in (tmp_path / "out" / "report.html").read_text()
+    first = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
+    assert {row["name"]: row["count"] for row in first["rows"]}["vqa_exact"] == 2
 
 
 def test_the_command_goes_on_in_its_folder_and_minds_other_settings(untrained, tmp_path, capsys, monkeypatch):

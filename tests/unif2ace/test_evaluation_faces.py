@@ -91,5 +91,8 @@ def test_the_demo_s_held_out_faces(tmp_path):
     assert open_source(f"measured:{tmp_path / 'faces.npz'}")(images[5:7]) == found.source(images[5:7])
     light = Light()  # another is taken where it is named
     assert open_faces(SetConfig(str(tmp_path / "faces.npz")), 64, "face", 3, 16, 0, light).source is light
+    fewer = open_faces(SetConfig(str(tmp_path / "faces.npz")), 64, "face", 3, 2, 0, None)
+    assert [each.questions for each in fewer.items] == [each.questions[:2] for each in found.items]
+    assert fewer.fingerprint != found.fingerprint
     with pytest.raises(UserError, match="has pictures of 64 pixels, the model paints 32"):
         open_faces(SetConfig(str(tmp_path / "faces.npz")), 32, "face", 3, 16, 0, None)

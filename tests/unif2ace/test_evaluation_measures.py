@@ -210,7 +210,7 @@ def result(run, value, changes=None, **more):
     for key, change in (changes or {}).items():
         config[key] = None if change is None else {**config[key], **change}
     return {"run": run, "config": config, "rows": [Row("fid", value).plain(), Row("kid").plain()],
-            "suite": "quick", "data": "d", "faces": 5, "seed": 0, **more}  # fmt: skip
+            "suite": "quick", "data": "d", "faces": 5, "fingerprint": "f", "seed": 0, **more}  # fmt: skip
 
 
 def test_ablation_tables_pool_the_runs_of_a_variant():
@@ -232,7 +232,7 @@ def test_ablation_tables_pool_the_runs_of_a_variant():
 
 def test_runs_on_other_faces_are_not_compared():
     assert tables.comparable([result("a", 1.0), result("b", 2.0)])
-    assert not tables.comparable([result("a", 1.0), result("b", 2.0, data="others")])
+    assert not tables.comparable([result("a", 1.0), result("b", 2.0, fingerprint="others")])
 
 
 @pytest.mark.parametrize(

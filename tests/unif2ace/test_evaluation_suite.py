@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -123,6 +124,36 @@ def test_a_painting_that_was_lost_is_painted_again(checkpoint, tmp_path):
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", ["cut", "chunk", "text"])
+def test_a_painting_that_is_damaged_is_named(checkpoint, tmp_path, damage):
+    with Work(checkpoint, tmp_path) as first:
+        Suite(first, some_faces(), SuiteConfig(paint=QUICK)).fid("fid")
+    file = tmp_path / "paintings" / "00003.png"
+    content = file.read_bytes()
+    (length,) = struct.unpack(">I", content[33:37])  # of the first chunk after the header's, a text
+    other = {
+        "cut": content[:-200], "text": b"no picture",
+        "chunk": content[: 41 + length] + b"\0\0\0\0" + content[45 + length :],
+    }  # fmt: skip
+    file.write_bytes(other[damage])
+    (tmp_path / "inception-paintings.npy").unlink()
+    with Work(checkpoint, tmp_path) as again:
+        rows = by_name(Suite(again, some_faces(), SuiteConfig(paint=QUICK)).rows("quick"))
+    assert "00003.png cannot be read" in rows["fid"].reason and "delete it, and it is painted" in rows["fid"].reason
+    assert rows["vqa_exact"].value is not None
+
+
+@pytest.mark.parametrize("count,expected", [(3, 3), (24, 24), (30, 24), (100, 24)])
+def test_wrong_answers_are_shown_from_all_over(checkpoint, tmp_path, count, expected):
+    measured = opened(checkpoint, tmp_path)
+    for number in range(count):
+        measured.work.journal("answers").put(str(number), {"given": "no", "references": ["yes"], "number": number})
+    shown = measured.shown()
+    numbers = [each["number"] for each in shown["wrong"]]
+    assert len(numbers) == expected and shown["wrong_count"] == count and numbers[0] == 0
+    assert all(abs(number - place * count / expected) <= 1 for place, number in enumerate(numbers))
+
+
 def test_prompts_and_questions_without_room_are_left_out(checkpoint, tmp_path):
     long = some_faces()
     first = long.items[0]
@@ -157,6 +188,14 @@ def test_identity_by_another_encoder_keeps_cosines_alone(checkpoint, tmp_path, m
     assert row.value == pytest.approx(np.mean(same), abs=1e-5) and others.value != row.value
     for line in (tmp_path / "identity.jsonl").read_text().splitlines():
         assert set(json.loads(line)["value"]) == {"same", "other"}
+
+
+def test_one_face_has_no_other(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("unif2ace.encoders.encoder", lambda kind, **options: Nobody())
+    measured = opened(checkpoint, tmp_path, some_faces(1), identity="arcface-mbf")
+    rows = by_name(measured.rows("quick"))
+    assert rows["identity"].value is not None
+    assert rows["identity_others"].value is None and "there is no other" in rows["identity_others"].reason
 
 
 @pytest.mark.parametrize("same", ["sface", "sface:somewhere"])

@@ -95,8 +95,8 @@ def kind_of(category: str) -> str:
     return CATEGORIES[category].kind if category in CATEGORIES else _KINDS.get(category, OTHER)
 
 
-def demo_faces(path: Path, limit: int, seed: int) -> Faces:
-    """The held-out faces of a demo run's faces.npz, a question on each attribute of each."""
+def demo_faces(path: Path, limit: int, questions: int, seed: int) -> Faces:
+    """The held-out faces of a demo run's faces.npz, a question on each attribute of each, or on the first so many."""
     faces = FaceSet.load(path)
     rng = np.random.default_rng((seed, EVALUATION))
     items = []
@@ -106,13 +106,16 @@ def demo_faces(path: Path, limit: int, seed: int) -> Faces:
         for number, each in enumerate(ATTRIBUTES):
             text, answer = captions.question_answer(classes, number, rng)
             asked.append(Question(text, (answer,), each.name, kind_of(each.name)))
-        items.append(Face(f"face-{index}", faces.images[index], (captions.full_caption(classes),), tuple(asked)))
+        items.append(
+            Face(f"face-{index}", faces.images[index], (captions.full_caption(classes),), tuple(asked[:questions]))
+        )
 
     def told(text: str) -> dict[str, str]:
         found = captions.told(text)
         return {each.name: each.words[value] for each, value in zip(ATTRIBUTES, found) if value >= 0}
 
-    fingerprint = digest(faces.images[faces.test[:limit]].tobytes(), str(seed).encode())
+    told_of = repr([(each.captions, each.questions) for each in items])
+    fingerprint = digest(faces.images[faces.test[:limit]].tobytes(), told_of.encode())
     return Faces("held-out faces of a demo run", fingerprint, items, told, Measured(faces.thresholds))
 
 
@@ -131,7 +134,7 @@ def open_faces(
     """
     path = Path(config.path)
     if path.suffix == ".npz":
-        faces = demo_faces(path, limit, seed)
+        faces = demo_faces(path, limit, questions, seed)
         faces.source = source or faces.source
         if faces.items and faces.items[0].image.shape[0] != side:
             raise UserError(f"{path} has pictures of {faces.items[0].image.shape[0]} pixels, the model paints {side}")

@@ -86,6 +86,7 @@ def evaluate(run: Path, suite: str, config: SuiteConfig, out: Path) -> dict[str,
         rows = measured.rows(suite)
         result = {
             "run": name_of(run), "suite": suite, "data": faces.name, "faces": len(faces.items),
+            "fingerprint": faces.fingerprint,
             "left_out": [f"{where}: {reason}" for where, reason in faces.left_out[:SHOWN]],
             "left_out_count": len(faces.left_out), "config": checkpoint.model.config.to_dict(),
             "seed": config.seed, "rows": [row.plain() for row in rows], "shown": measured.shown(),
@@ -273,12 +274,14 @@ class Suite:
                     done.put(face.key, {"same": None, "other": None})
             for (key, real, painted), (_, other, _) in zip(vectors, vectors[1:] + vectors[:1]):
                 done.put(key, {"same": float(real @ painted), "other": float(other @ painted)})
-        kind = "same" if name == "identity" else "other"
         kept = [done.get(face.key) for face, *_ in self.paintings]
-        values = [each[kind] for each in kept if each[kind] is not None]
-        if not values:
+        found = [each for each in kept if each["same"] is not None]
+        if not found:
             raise Absent(f"{wanted} finds a face in none of the paintings")
-        return Row.of(name, mean(values), f"{wanted}; no face found in {len(kept) - len(values)}")
+        if name == "identity_others" and len(found) == 1:
+            raise Absent(f"{wanted} finds a face in one painting alone: there is no other")
+        values = [each["same" if name == "identity" else "other"] for each in found]
+        return Row.of(name, mean(values), f"{wanted}; no face found in {len(kept) - len(found)}")
 
     def vlm(self, name: str) -> Row:
         if self.config.vlm is None:
@@ -340,5 +343,6 @@ class Suite:
                  "missed": [name for name, ok in self._agreed[key].items() if not ok]}
                 for key in worst
             ],
-            "wrong": wrong[:: max(1, len(wrong) // SHOWN)][:SHOWN], "wrong_count": len(wrong),
+            "wrong": [wrong[len(wrong) * place // SHOWN] for place in range(SHOWN)] if len(wrong) > SHOWN else wrong,
+            "wrong_count": len(wrong),
         }  # fmt: skip

@@ -52,8 +52,8 @@ def value(result: Result, name: str) -> float | None:
 
 
 def comparable(results: Sequence[Result]) -> bool:
-    """Whether all runs were measured on the same faces in the same way."""
-    keys = ("suite", "data", "faces", "seed")
+    """Whether all runs were measured on the same faces, in the same frame, in the same way."""
+    keys = ("suite", "fingerprint", "seed")
     return all(each[key] == results[0][key] for each in results for key in keys)
 
 

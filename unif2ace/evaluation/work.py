@@ -59,10 +59,8 @@ class Work:
         try:
             with Image.open(path) as image:
                 return np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): delete paintings.jsonl beside it to paint again"
-            ) from error
+        except (OSError, SyntaxError, ValueError) as error:  # of a damaged PNG, any of them
+            raise UserError(f"{path} cannot be read ({error}): delete it, and it is painted again") from error
 
     def paint(self, faces: Sequence[Face], settings: PaintSettings) -> Journal:
         """A painting from the first caption of each face, by its key: ``prompt`` and ``file``.
