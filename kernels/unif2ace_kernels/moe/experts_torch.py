@@ -81,7 +81,7 @@ def forward(
     b_out: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.experts`; returns y [T, D] and the pre-activations h [R, F or 2F] in the order of the rows."""
+    """See `functions.experts`; returns y [T, D] and the pre-activations h [R, F or 2F] in the order of the rows."""
     slots, bounds, step = weight.shape[1], offsets.tolist(), _row_step(x)
     x = x.contiguous()
     tokens = order // slots

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def forward(x: Tensor, coef: Tensor, injected: Tensor) -> Tensor:
-    """See `ops.mix`."""
+    """See `functions.mix`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     scale = coef.to(dtype)[:, :, None, None]
     y = x.to(dtype) * scale[:, 0]

@@ -87,7 +87,7 @@ def _strides(tensor: Tensor, axes: int) -> tuple[int, ...]:
 
 
 def forward(x: Tensor, coef: Tensor, injected: Tensor) -> Tensor:
-    """See `ops.mix`."""
+    """See `functions.mix`."""
     x, injected, coef = _rows(x), _rows(injected), coef.contiguous()
     y, size = x.new_empty(x.shape), x.shape[1] * x.shape[2]
     if y.numel():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import expect, expect_choice, expect_tensor
 from .activation_torch import ACTIVATIONS, GATED
-from .ops import Routing, experts, route
+from .functions import Routing, experts, route
 from .parallel import parallel_experts
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The public ops of the room, `route`, `arrange`, `experts`, `mix`: schema, implementations, fake, autograd, function.
+"""Registration of the room's ops, route, arrange, experts, mix: schema, implementations by device, fake, autograd.
 
 Each is a coarse forward op and a coarse backward op, so autograd, torch.compile and CUDA graphs see two calls.
 """
@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .._checks import expect, expect_choice, expect_tensor
 from .._library import KERNEL_DTYPES, Implementation, compiled, register
 from .._triton import triton_implementation
-from . import activation_torch, arrange_torch, experts_torch, mix_torch, route_torch
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from . import arrange_torch, experts_torch, mix_torch, route_torch
 
 
-def _torch(function: Callable[..., Any]) -> tuple[Implementation, ...]:
-    return (Implementation("torch", ("cpu", "cuda"), function),)
+def _torch(function: Callable[..., Any]) -> Implementation:
+    return Implementation("torch", ("cpu", "cuda"), function)
 
 
 def _once_differentiable(op: str) -> Callable[..., NoReturn]:
@@ -34,36 +30,20 @@ def _once_differentiable(op: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-class Routing(NamedTuple):
-    """Where each token goes, and the statistics of the routers.
+def _with_value_errors(native: Implementation, check: Callable[..., None]) -> Implementation:
+    """`native`, which can raise no ValueError, with that of `check`, the torch path's, for values out of range."""
+    function = native.function
+    if function is None:
+        return native
 
-    E routed experts over all groups, shared experts after them: of group g, expert indices
-    E + shared * g ... E + shared * (g + 1) - 1. A token has S = K + shared slots, the K routed ones first; slot s of
-    token t has the number t * S + s.
+    def forward(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except RuntimeError:
+            check(*arguments)
+            raise
 
-    Attributes:
-        weight: [T, S] float32 (float64 for float64 logits), differentiable; 1 for a shared expert.
-        expert: [T, S] int64, index of each slot's expert.
-        counts: [E + shared * G] int64, slots of each expert.
-        offsets: [E + shared * G + 1] int64, running sum of `counts` from 0.
-        order: [T * S] int64, slot numbers sorted by expert, in token order within one:
-            order[offsets[e] : offsets[e + 1]] are the slots of expert e.
-        frequency: [E], f_i = N_g / (K T_g) * counts_i: 1 for every expert under balanced load, 0 in a group without
-            tokens. Not differentiable.
-        probability: [E], P_i, mean over the group's tokens of the (for sigmoid: normalised) score; differentiable.
-        balance_loss: scalar, sum over groups of balance_coef_g * sum_i f_i P_i; differentiable.
-        z_loss: scalar, z_coef * mean over all T tokens of logsumexp(logits of the token's group)^2; differentiable.
-    """
-
-    weight: Tensor
-    expert: Tensor
-    counts: Tensor
-    offsets: Tensor
-    order: Tensor
-    frequency: Tensor
-    probability: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
+    return replace(native, function=forward)
 
 
 # ---------------------------------------------------------------------------------------------------------- route
@@ -95,55 +75,39 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _route_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     weight, _, _, _, _, _, probability, balance_loss, z_loss = grads  # of the outputs in order
-    grad_logits = _route_backward(
+    grad_logits = route_backward_op(
         weight, probability, balance_loss, z_loss, *ctx.saved_tensors,
         ctx.group_sizes, ctx.top_k, ctx.balance_coef, ctx.normalize, ctx.scoring, ctx.z_coef,
     )  # fmt: skip
     return grad_logits, *[None] * 9
 
 
-def _with_value_errors(native: Implementation, check: Callable[..., None]) -> Implementation:
-    """`native`, which can raise no ValueError, with that of `check`, the torch path's, for values out of range."""
-    function = native.function
-    if function is None:
-        return native
-
-    def forward(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except RuntimeError:
-            check(*arguments)
-            raise
-
-    return replace(native, function=forward)
-
-
-_route_backward = register(
+route_backward_op = register(
     "moe_route_backward(Tensor? grad_weight, Tensor? grad_probability, Tensor? grad_balance_loss, Tensor? grad_z_loss,"
     " Tensor logits, Tensor group_ids, Tensor expert, Tensor counts, int[] group_sizes, int top_k,"
     " float[] balance_coef, bool normalize, str scoring, float z_coef) -> Tensor",
     implementations=[
         triton_implementation(f"{__package__}.route_triton", "backward"),
-        replace(compiled("moe_route_backward", "cuda"), dtypes=KERNEL_DTYPES),
+        compiled("moe_route_backward", "cuda", KERNEL_DTYPES),
         compiled("moe_route_backward", "cpu"),
-        *_torch(route_torch.backward),
+        _torch(route_torch.backward),
     ],
     fake=lambda grad_weight, p, b, z, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     backward=_once_differentiable("moe_route_backward"),
 )
-_route = register(
+route_op = register(
     "moe_route(Tensor logits, Tensor group_ids, int[] group_sizes, int top_k, int shared, float[] balance_coef,"
     " bool normalize, str scoring, Tensor? selection_bias, float z_coef)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations=[
         # Triton before CUDA C++ because it needs no build; the two were not yet measured against each other on a GPU.
         triton_implementation(f"{__package__}.route_triton", "forward"),
-        replace(compiled("moe_route", "cuda"), dtypes=KERNEL_DTYPES),
+        compiled("moe_route", "cuda", KERNEL_DTYPES),
         _with_value_errors(
             compiled("moe_route", "cpu"),
             lambda logits, group_ids, group_sizes, *_: route_torch.check_group_ids(group_ids, len(group_sizes)),
         ),
-        *_torch(route_torch.forward),
+        _torch(route_torch.forward),
     ],
     fake=_route_fake,
     setup_context=_route_setup,
@@ -151,106 +115,18 @@ _route = register(
 )
 
 
-def route(
-    logits: Tensor,
-    group_ids: Tensor,
-    group_sizes: Sequence[int],
-    top_k: int,
-    *,
-    shared: int = 0,
-    balance_coef: float | Sequence[float] = 0.0,
-    normalize: bool = True,
-    scoring: str = "softmax",
-    selection_bias: Tensor | None = None,
-    z_coef: float = 0.0,
-) -> Routing:
-    """Choose top_k experts for each token among its group's, and account for their load.
-
-    Scores s are the softmax, or the sigmoid, of the token's group's logits, in float32. The K largest s +
-    selection_bias are chosen, of equals those of lower index, and weighted by s, without the bias (DeepSeek-V3, arXiv
-    2412.19437, eq. 12-16), divided by their sum if `normalize`. A NaN counts as the largest.
-
-    balance_loss = sum_g balance_coef_g sum_{i in g} f_i P_i, with f and P scaled as in DeepSeekMoE (arXiv 2401.06066,
-    eq. 12-14; DeepSeek-V3 eq. 17-20 for the sigmoid): under balanced load or uniform scores it is sum_g
-    balance_coef_g over the groups that have tokens. z_loss is ST-MoE's (arXiv 2202.08906, eq. 5).
-
-    Args:
-        logits: [T, E], E = sum(group_sizes); group g owns the columns from sum(group_sizes[:g]). Columns of the other
-            groups are not read. float64 is computed in float64, everything else in float32.
-        group_ids: [T] int, 0 <= id < G. Checked on the CPU; on CUDA, where looking costs a synchronisation, an id out
-            of range gives undefined values but leads nowhere out of bounds (float64: undefined behaviour).
-        group_sizes: routed experts of each group.
-        top_k: K, at most the smallest group.
-        shared: always-on experts of each group; they get weight 1 and the indices from E (see `Routing`).
-        balance_coef: lambda, one for all groups or one each.
-        normalize: whether the K weights of a token sum to 1.
-        scoring: "softmax" or "sigmoid".
-        selection_bias: [E] float, added for the choice only; no gradient.
-        z_coef: coefficient of the z loss.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    sizes = tuple(group_sizes)
-    expect(len(sizes) > 0 and min(sizes) > 0, "group_sizes", "a positive size for each group", sizes)
-    expect_tensor(logits, "logits", shape=["T", sum(sizes)], dtypes=_FLOATS)
-    expect_tensor(group_ids, "group_ids", shape=[logits.shape[0]], dtypes=_INTS, device_of=("logits", logits))
-    expect(1 <= top_k <= min(sizes), "top_k", f"1 <= top_k <= {min(sizes)}, the smallest group", top_k)
-    expect(shared >= 0, "shared", "shared >= 0", shared)
-    coefs = [float(balance_coef)] * len(sizes) if isinstance(balance_coef, (int, float)) else list(balance_coef)
-    expect(len(coefs) == len(sizes), "balance_coef", f"one value or {len(sizes)}, one a group", coefs)
-    expect_choice(scoring, "scoring", ("softmax", "sigmoid"))
-    if selection_bias is not None:
-        expect_tensor(
-            selection_bias, "selection_bias", shape=[sum(sizes)], dtypes=_FLOATS, device_of=("logits", logits)
-        )
-        selection_bias = selection_bias.detach()
-    return Routing(*_route(logits, group_ids, sizes, top_k, shared, coefs, normalize, scoring, selection_bias, z_coef))
-
-
 # -------------------------------------------------------------------------------------------------------- arrange
 
 
-_arrange = register(
+arrange_op = register(
     "moe_arrange(Tensor expert, int experts) -> (Tensor, Tensor, Tensor)",
     implementations=[
         triton_implementation(f"{__package__}.arrange_triton", "forward"),
         _with_value_errors(compiled("moe_arrange", "cpu"), arrange_torch.check_range),
-        *_torch(arrange_torch.forward),
+        _torch(arrange_torch.forward),
     ],
     fake=lambda expert, experts: tuple(expert.new_empty(size) for size in (experts, experts + 1, expert.numel())),
 )
-
-
-def arrange(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
-    """The `Routing` of a choice that another router made, as `experts` takes it.
-
-    Nothing is read from the device. A token may have an expert twice, and weights need not sum to 1.
-
-    Args:
-        expert: [T, K] int, the experts of each token, 0 <= expert < num_experts. Checked on the CPU; on CUDA, where
-            looking costs a synchronisation, one out of range is taken as the nearest that there is.
-        weight: [T, K] float; gradients of `experts` flow back to it.
-        num_experts: E.
-
-    Returns:
-        `Routing` with E experts and no shared ones. Its probability, balance_loss and z_loss are 0: the router that
-        chose has its own.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    expect_tensor(expert, "expert", shape=["T", "K"], dtypes=_INTS)
-    expect_tensor(weight, "weight", shape=list(expert.shape), dtypes=_FLOATS, device_of=("expert", expert))
-    expect(num_experts >= 1, "num_experts", "at least 1", num_experts)
-    expert = expert.long()
-    counts, offsets, order = _arrange(expert, num_experts)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    frequency = counts * (num_experts / max(expert.numel(), 1))
-    zero = weight.new_zeros(())
-    return Routing(
-        weight, expert, counts, offsets, order, frequency.to(weight.dtype), zero.expand(num_experts), zero, zero
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- experts
@@ -271,7 +147,7 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _experts_autograd(ctx: Any, grad_y: Tensor, _grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
     has_in, has_out = ctx.has_bias
-    x, weight, w_in, b_in, w_out, b_out = _experts_backward(grad_y, *ctx.saved_tensors, has_in, ctx.activation)
+    x, weight, w_in, b_in, w_out, b_out = experts_backward_op(grad_y, *ctx.saved_tensors, has_in, ctx.activation)
     return x, weight, None, None, w_in, b_in if has_in else None, w_out, b_out if has_out else None, None
 
 
@@ -285,99 +161,30 @@ def _experts_backward_fake(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_w_in, b_in, grad_w_out, b_out
 
 
-_experts_backward = register(
+experts_backward_op = register(
     "moe_experts_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor order, Tensor offsets,"
     " Tensor w_in, Tensor w_out, Tensor? b_out, bool has_b_in, str activation)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementations=[
         triton_implementation(f"{__package__}.experts_triton", "backward"),
         compiled("moe_experts_backward", "cpu"),
-        *_torch(experts_torch.backward),
+        _torch(experts_torch.backward),
     ],
     fake=_experts_backward_fake,
     backward=_once_differentiable("moe_experts_backward"),
 )
-_experts = register(
+experts_op = register(
     "moe_experts(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor w_in, Tensor? b_in, Tensor w_out,"
     " Tensor? b_out, str activation) -> (Tensor, Tensor)",
     implementations=[
         triton_implementation(f"{__package__}.experts_triton", "forward"),
         compiled("moe_experts", "cpu"),
-        *_torch(experts_torch.forward),
+        _torch(experts_torch.forward),
     ],
     fake=_experts_fake,
     setup_context=_experts_setup,
     backward=_experts_autograd,
 )
-
-
-def fit_experts(
-    x: Tensor,
-    routing: Routing,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    activation: str,
-    held: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """x and the parameters of `held` experts, cast as autocast says, once each argument fits the others."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-        b_in, b_out = (None if bias is None else bias.to(dtype) for bias in (b_in, b_out))
-    expect_choice(activation, "activation", activation_torch.ACTIVATIONS)
-    expect_tensor(x, "x", shape=["T", "D"], dtypes=_FLOATS)
-    tokens, hidden = x.shape
-    dtypes, device_of = (x.dtype,), ("x", x)
-    expect_tensor(routing.weight, "routing.weight", shape=[tokens, "S"], dtypes=_FLOATS, device_of=device_of)
-    expect_tensor(w_out, "w_out", shape=[held, "F", hidden], dtypes=dtypes, device_of=device_of)
-    width = w_out.shape[1] * (2 if activation in activation_torch.GATED else 1)
-    expect_tensor(w_in, "w_in", shape=[held, hidden, width], dtypes=dtypes, device_of=device_of)
-    if b_in is not None:
-        expect_tensor(b_in, "b_in", shape=[held, width], dtypes=dtypes, device_of=device_of)
-    if b_out is not None:
-        expect_tensor(b_out, "b_out", shape=[held, hidden], dtypes=dtypes, device_of=device_of)
-    return x, w_in, b_in, w_out, b_out
-
-
-def experts(
-    x: Tensor,
-    routing: Routing,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    *,
-    activation: str,
-) -> Tensor:
-    """y_t = sum_s weight_ts (act(x_t w_in[e] + b_in[e]) w_out[e] + b_out[e]), e = expert_ts, without padding rows.
-
-    Deterministic. Saves x, the pre-activations and the routing for the backward. An expert without tokens gets zero
-    gradients. Under autocast x and the parameters are cast to its dtype and y has it; the weights stay in float32.
-    For CUDA graphs note that the torch path reads `offsets` on the host.
-
-    Args:
-        x: [T, D] float.
-        routing: of the T tokens, from `route` or `arrange`; its weight is differentiable here.
-        w_in: [E, D, F], or [E, D, 2F] for "swiglu" and "geglu": the gate in the first F columns, the value after it.
-            E counts routed and shared experts, len(routing.counts). Any strides: of weights [E, F, D] give the
-            transposed view.
-        b_in: [E, F or 2F] or None.
-        w_out: [E, F, D].
-        b_out: [E, D] or None.
-        activation: "gelu_tanh", "gelu", "relu", "silu", "swiglu" (silu(gate) * value),
-            "geglu" (gelu_tanh(gate) * value).
-
-    Returns:
-        y [T, D] of x's dtype.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    x, *parameters = fit_experts(x, routing, w_in, b_in, w_out, b_out, activation, routing.counts.shape[0])
-    y: Tensor = _experts(x, routing.weight, routing.order, routing.offsets, *parameters, activation)[0]
-    return y
 
 
 # ------------------------------------------------------------------------------------------------------------ mix
@@ -388,54 +195,28 @@ def _mix_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _mix_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, coef, injected = _mix_backward(grad_y, *ctx.saved_tensors)
+    x, coef, injected = mix_backward_op(grad_y, *ctx.saved_tensors)
     return x, coef, injected
 
 
-_mix_backward = register(
+mix_backward_op = register(
     "moe_mix_backward(Tensor grad_y, Tensor x, Tensor coef, Tensor injected) -> (Tensor, Tensor, Tensor)",
     implementations=[
         triton_implementation(f"{__package__}.mix_triton", "backward"),
         compiled("moe_mix_backward", "cpu"),
-        *_torch(mix_torch.backward),
+        _torch(mix_torch.backward),
     ],
     fake=lambda grad_y, *inputs: tuple(each.new_empty(each.shape) for each in inputs),
     backward=_once_differentiable("moe_mix_backward"),
 )
-_mix = register(
+mix_op = register(
     "moe_mix(Tensor x, Tensor coef, Tensor injected) -> Tensor",
     implementations=[
         triton_implementation(f"{__package__}.mix_triton", "forward"),
         compiled("moe_mix", "cpu"),
-        *_torch(mix_torch.forward),
+        _torch(mix_torch.forward),
     ],
     fake=lambda x, coef, injected: x.new_empty(x.shape),
     setup_context=_mix_setup,
     backward=_mix_autograd,
 )
-
-
-def mix(x: Tensor, coef: Tensor, injected: Tensor) -> Tensor:
-    """y_b = coef_b0 x_b + sum_m coef_b(1+m) injected_bm: the sequence-level mixture in one pass over x.
-
-    Sums in float32 (float64 for float64) and rounds once. Under autocast `injected` is cast to x's dtype.
-
-    Args:
-        x: [B, L, D] float.
-        coef: [B, 1 + M] float.
-        injected: [B, M, L, D] of x's dtype; M may be 0.
-
-    Returns:
-        y [B, L, D] of x's dtype.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    expect_tensor(x, "x", shape=["B", "L", "D"], dtypes=_FLOATS)
-    if torch.is_autocast_enabled(x.device.type):
-        injected = injected.to(x.dtype)
-    batch, length, hidden = x.shape
-    expect_tensor(injected, "injected", shape=[batch, "M", length, hidden], dtypes=(x.dtype,), device_of=("x", x))
-    expect_tensor(coef, "coef", shape=[batch, 1 + injected.shape[1]], dtypes=_FLOATS, device_of=("x", x))
-    y: Tensor = _mix(x, coef, injected)
-    return y

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import Routing, arrange, experts, fit_experts
+from .functions import Routing, arrange, experts, fit_experts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

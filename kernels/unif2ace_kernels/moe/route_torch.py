@@ -78,7 +78,7 @@ def forward(
     selection_bias: Tensor | None,
     z_coef: float,
 ) -> tuple[Tensor, ...]:
-    """See `ops.route`; returns its fields in order."""
+    """See `functions.route`; returns its fields in order."""
     groups, routed, tokens = len(group_sizes), sum(group_sizes), len(logits)
     check_group_ids(group_ids, groups)
     group_ids = group_ids.long()
