@@ -6,7 +6,15 @@ import torch
 import triton
 from resources import AotCase
 
-from unif2ace_kernels.moe import arrange_triton, configs, experts_triton, grouped_triton, mix_triton, route_triton
+from unif2ace_kernels.moe import (
+    arrange_triton,
+    configs,
+    grouped_triton,
+    mix_triton,
+    order_triton,
+    route_triton,
+    up_triton,
+)
 
 CASES: list[AotCase] = []
 
@@ -27,7 +35,7 @@ def _route(kernel: str, E: tuple[int, ...], K: int, shared: int, T: int, dtype: 
         else:
             fixed["p_bias"] = None
     elif kernel == "order":
-        tile = {"S": K + shared, "A": experts, **route_triton.order_tiles(tile, experts)}
+        tile = {"S": K + shared, "A": experts, **order_triton.order_tiles(tile, experts)}
         signature = {"p_expert": "*i64", "p_before": "*i32", "p_counts": "*i64", "p_sums": "*fp32", "p_order": "*i64"}
         signature |= {
             "p_offsets": "*i64",
@@ -42,7 +50,7 @@ def _route(kernel: str, E: tuple[int, ...], K: int, shared: int, T: int, dtype: 
         signature |= {"p_grad": f"*{dtype}", **coefs, "tokens": "i32", "stride_wt": "i32", "stride_t": "i32"}
         fixed = {"stride_ws": 1, "stride_p": 1, "stride_e": 1, "stride_g": 1, "BOUNDS": bounds, "K": K}
     options = {"num_warps": tile.pop("num_warps"), "aligned": tuple(k for k in signature if k.startswith("p_"))}
-    function = getattr(route_triton, f"{kernel}_kernel")
+    function = getattr(order_triton if kernel == "order" else route_triton, f"{kernel}_kernel")
     return AotCase(f"route {kernel}, {size}", function, signature, lambda arch: ({**fixed, **tile}, options))
 
 
@@ -60,9 +68,9 @@ CASES += [
 CASES += [
     AotCase(
         "route scan",
-        route_triton.scan_kernel,
+        order_triton.scan_kernel,
         {"p_count": "*i32", "p_partial": "*fp32", "p_counts": "*i64", "p_sums": "*fp32", "blocks": "i32"},
-        lambda arch: ({"A": 66, "E": 64, "BLOCK": route_triton.SCAN_BLOCK}, {"num_warps": 8}),
+        lambda arch: ({"A": 66, "E": 64, "BLOCK": order_triton.SCAN_BLOCK}, {"num_warps": 8}),
     )
 ]
 
@@ -75,11 +83,11 @@ def _arrange(kernel: str, A: int) -> AotCase:
         function, fixed = arrange_triton.count_kernel, {"A": A, **tile}
         signature = {"p_expert": "*i64", "p_clamped": "*i32", "p_count": "*i32", "slots": "i32", "blocks": "i32"}
     elif kernel == "scan":
-        function, options = route_triton.scan_kernel, {"num_warps": 8}
+        function, options = order_triton.scan_kernel, {"num_warps": 8}
         signature = {"p_count": "*i32", "p_counts": "*i64", "blocks": "i32"}
-        fixed = {"p_partial": None, "p_sums": None, "A": A, "E": 0, "BLOCK": route_triton.SCAN_BLOCK}
+        fixed = {"p_partial": None, "p_sums": None, "A": A, "E": 0, "BLOCK": order_triton.SCAN_BLOCK}
     else:
-        function = route_triton.order_kernel
+        function = order_triton.order_kernel
         signature = {"p_expert": "*i32", "p_before": "*i32", "p_counts": "*i64", "p_order": "*i64", "p_offsets": "*i64"}
         signature |= {"coefs": ("fp32",), "z_scale": "fp32", "tokens": "i32", "blocks": "i32"}
         fixed = dict.fromkeys(("p_sums", "p_frequency", "p_probability", "p_balance", "p_z"))
@@ -108,8 +116,8 @@ def _product(product: str, F: int, A: int, activation: str, dtype: str, D: int =
     gated = activation in ("swiglu", "geglu")
     H, suffix = 2 * F if gated else F, " gated" if gated else ""
     chosen, kernel, columns, depth = {
-        "up": (f"up{suffix}", experts_triton.up_kernel, F, D),
-        "up backward": (f"up backward{suffix}", experts_triton.up_backward_kernel, F, D),
+        "up": (f"up{suffix}", up_triton.up_kernel, F, D),
+        "up backward": (f"up backward{suffix}", up_triton.up_backward_kernel, F, D),
         "down": ("rows", grouped_triton.rows_kernel, D, F),
         "down backward": ("rows", grouped_triton.rows_kernel, D, H),
         "grad_w_in": ("outer", grouped_triton.outer_kernel, H, D),
@@ -155,11 +163,11 @@ CASES += [
     _product("up backward", 512, 34, "relu", "bf16"),
     AotCase(
         "experts bias, D 2048, A 34, bf16",
-        experts_triton.bias_kernel,
+        up_triton.bias_kernel,
         {"p_grad_y": "*bf16", "p_weight": "*fp32", "p_order": "*i64", "p_offsets": "*i64", "p_bias": "*bf16",
          "p_grad_weight": "*fp32", "p_grad_bias": "*fp32"},
         lambda arch: ({"FIRST_PART": 4, "PARTS": 20, "SLOTS": 4, "EXPERTS": 34, "N": 2048,
-                       "BLOCK_M": experts_triton.BIAS_ROWS, "BLOCK_N": experts_triton.BIAS_COLUMNS}, {"num_warps": 4}),
+                       "BLOCK_M": up_triton.BIAS_ROWS, "BLOCK_N": up_triton.BIAS_COLUMNS}, {"num_warps": 4}),
     ),
     AotCase(
         "experts sum of row tiles, A 34, N 2048, bf16",

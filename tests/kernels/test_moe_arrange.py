@@ -42,9 +42,9 @@ def test_is_the_definition(name, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{list(case[0].shape)} of {case[1]}")
 def test_interpreted(triton_interpreter, monkeypatch, case):
-    from unif2ace_kernels.moe import arrange_triton, route_triton
+    from unif2ace_kernels.moe import arrange_triton, order_triton
 
-    monkeypatch.setattr(route_triton, "SCAN_BLOCK", 4)
+    monkeypatch.setattr(order_triton, "SCAN_BLOCK", 4)
     assert_is_the_definition(arrange_triton.forward, *case)
 
 

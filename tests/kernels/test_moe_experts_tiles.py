@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from unif2ace_kernels.moe import experts_triton, reference  # noqa: E402
+from unif2ace_kernels.moe import experts_triton, reference, up_triton  # noqa: E402
 from unif2ace_kernels.moe.activation_torch import ACTIVATIONS, GATED  # noqa: E402
 from unif2ace_kernels.moe.activation_triton import activate_with_slopes  # noqa: E402
 from unif2ace_kernels.moe.configs import Launch  # noqa: E402
@@ -145,7 +145,7 @@ def test_offsets_beyond_32_bits(last_programs, tmp_path):
     tiles = experts_triton._row_tiles(rows, 2, launch.BLOCK_M)
     sizes, options = (slots, 2, width, hidden, "ieee"), launch._asdict()
 
-    up = last_programs(experts_triton.up_kernel, tiles, 2)  # the last tile is a gap
+    up = last_programs(up_triton.up_kernel, tiles, 2)  # the last tile is a gap
     up(x, order, offsets, w_in, None, h, a, *w_in.stride(), "relu", False, *sizes, PIECE=1024, **options)
     close(h[own], x[token] @ w_in[1])
     close(a[own], h[own].relu())
@@ -158,7 +158,7 @@ def test_offsets_beyond_32_bits(last_programs, tmp_path):
     close(y[-1], by_slot[-2:].float().sum(0))
 
     grad_weight = torch.zeros(rows, 1 + hidden // 128)
-    back, strides = last_programs(experts_triton.up_backward_kernel, tiles, 2), w_in.stride()
+    back, strides = last_programs(up_triton.up_backward_kernel, tiles, 2), w_in.stride()
     back(grad_y, h, weight, order, offsets, w_in, grad_h, scaled, grad_weight, None, *strides, "relu",
          False, grad_weight.shape[1], *sizes, PIECE=1024, **options)  # fmt: skip
     grad_a = grad_y[token].float() @ w_in[1].float()
@@ -168,7 +168,7 @@ def test_offsets_beyond_32_bits(last_programs, tmp_path):
 
     grad_bias = far("grad_bias", experts_triton._row_tiles(rows, 2, 64), hidden, dtype=torch.float32)
     bias, programs = torch.randn(2, hidden, generator=rng).half(), len(grad_bias) * (hidden // 128)
-    last_programs(experts_triton.bias_kernel, programs, 1)(
+    last_programs(up_triton.bias_kernel, programs, 1)(
         grad_y, weight, order, offsets, bias, grad_weight, grad_bias, 1, grad_weight.shape[1], slots, 2, hidden, 64, 128
     )
     close(grad_weight[own, -1], (grad_y[token, -128:].float() * bias[1, -128:]).sum(1))

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from route_cases import CASES, RouteCase, check  # noqa: E402
 
-from unif2ace_kernels.moe import route_torch, route_triton  # noqa: E402
+from unif2ace_kernels.moe import order_triton, route_torch, route_triton  # noqa: E402
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -18,7 +18,7 @@ def test_interpreted(triton_interpreter, case):
 @pytest.mark.parametrize("shape", [(8, 16), (64, 32)], ids=str)
 def test_blocks_and_columns_over_several_programs(triton_interpreter, monkeypatch, shape):
     monkeypatch.setattr(route_triton, "tiles", lambda tokens, widest: {"BT": shape[0], "BN": shape[1], "num_warps": 4})
-    monkeypatch.setattr(route_triton, "SCAN_BLOCK", 4)
+    monkeypatch.setattr(order_triton, "SCAN_BLOCK", 4)
     case = RouteCase("blocks", tokens=130, sizes=(13, 11), top_k=3, shared=2)
     check(case, route_triton.forward, route_triton.backward)
 

@@ -1,7 +1,7 @@
 """The order of slots whose experts were chosen elsewhere, in Triton: three launches, no atomics, no wait for the host.
 
 count        a program counts the slots of BA experts among BT slots
-scan, order  as of routing (route_triton.py), a slot being a token of one slot: a token may have an expert twice
+scan, order  order_triton.py, a slot being a token of one slot: a token may have an expert twice
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import route_triton
-from .route_triton import order_kernel, scan_kernel
+from . import order_triton
+from .order_triton import order_kernel, scan_kernel
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def forward(expert: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
         if slots:
             count_kernel[blocks, parts](expert, clamped, count, slots, blocks, A=experts, **tile)
         scan_kernel[(experts,)](
-            count, None, counts, None, blocks, A=experts, E=0, BLOCK=route_triton.SCAN_BLOCK, num_warps=8
+            count, None, counts, None, blocks, A=experts, E=0, BLOCK=order_triton.SCAN_BLOCK, num_warps=8
         )
         order_kernel[blocks + 1, parts](
             clamped, count, counts, None, order, offsets, None, None, None, None, (0.0,), 0.0, slots, blocks,
