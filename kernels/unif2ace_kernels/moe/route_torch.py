@@ -32,15 +32,14 @@ def _columns(group_ids: Tensor, group_sizes: Sequence[int]) -> tuple[Tensor, Ten
     return (first[group_ids][:, None] + local).masked_fill(padding, 0), padding
 
 
-def _scores(table: Tensor, padding: Tensor | None, scoring: str) -> Tensor:
-    """Scores [T, N] of a token for its group's experts; 0 in the padding."""
-    if padding is not None:
-        table = table.masked_fill(padding, float("-inf"))
+def _table(logits: Tensor, columns: Tensor, padding: Tensor | None) -> Tensor:
+    """The logits at `columns` in the dtype that computes, -inf in the padding: scores are 0 there."""
+    table = logits.gather(1, columns).to(torch.promote_types(logits.dtype, torch.float32))
+    return table if padding is None else table.masked_fill(padding, float("-inf"))
+
+
+def _scores(table: Tensor, scoring: str) -> Tensor:
     return table.softmax(-1) if scoring == "softmax" else table.sigmoid()
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _tokens_of_group(counts: Tensor, group_sizes: Sequence[int], top_k: int) -> Tensor:
@@ -82,14 +81,14 @@ def forward(
     groups, routed, tokens = len(group_sizes), sum(group_sizes), len(logits)
     check_group_ids(group_ids, groups)
     group_ids = group_ids.long()
-    dtype = _compute_dtype(logits)
     columns, padding = _columns(group_ids, group_sizes)
-    table = logits.gather(1, columns).to(dtype)
-    score = _scores(table, padding, scoring)
+    table = _table(logits, columns, padding)
+    score, dtype = _scores(table, scoring), table.dtype
     # Scores rise with the logits; a choice by logits hangs on no exponential's rounding, so all devices make the same.
-    by = table if selection_bias is None else score + selection_bias.to(dtype)[columns]
-    if padding is not None:
-        by = by.masked_fill(padding, float("-inf"))
+    by = table
+    if selection_bias is not None:
+        by = score + selection_bias.to(dtype)[columns]
+        by = by if padding is None else by.masked_fill(padding, float("-inf"))
     # Not topk, which promises no order among equals: of these the lower index is first.
     chosen = by.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     picked = score.gather(1, chosen)
@@ -114,14 +113,8 @@ def forward(
     balance_loss = (coef * frequency * probability).sum()
     z_loss = logits.new_zeros((), dtype=dtype)
     if z_coef:
-        z_loss = z_coef * _logsumexp(table, padding).square().sum() / max(tokens, 1)
+        z_loss = z_coef * table.logsumexp(-1).square().sum() / max(tokens, 1)
     return weight, expert, counts, offsets, order, frequency, probability, balance_loss, z_loss
-
-
-def _logsumexp(table: Tensor, padding: Tensor | None) -> Tensor:
-    if padding is not None:
-        table = table.masked_fill(padding, float("-inf"))
-    return table.logsumexp(-1)
 
 
 def backward(
@@ -145,10 +138,9 @@ def backward(
     A gradient that is None is zero; f is a constant to the gradient.
     """
     group_ids = group_ids.long()
-    dtype = _compute_dtype(logits)
     columns, padding = _columns(group_ids, group_sizes)
-    table = logits.gather(1, columns).to(dtype)
-    score = _scores(table, padding, scoring)
+    table = _table(logits, columns, padding)
+    score, dtype = _scores(table, scoring), table.dtype
 
     grad_score = torch.zeros_like(score)
     if grad_balance_loss is not None or grad_probability is not None:
@@ -180,8 +172,8 @@ def backward(
     else:
         grad_table = grad_score * score * (1 - score)
     if z_coef and grad_z_loss is not None:
-        z = _logsumexp(table, padding)[:, None]
-        probability = score if scoring == "softmax" else _scores(table, padding, "softmax")
+        z = table.logsumexp(-1, keepdim=True)
+        probability = score if scoring == "softmax" else table.softmax(-1)
         grad_table = grad_table + grad_z_loss * (2 * z_coef / max(len(logits), 1)) * z * probability
     if padding is not None:
         grad_table = grad_table.masked_fill(padding, 0)
