@@ -1,12 +1,16 @@
 """The loop on a device: no step reads from it or copies to it, and on CUDA a captured step is the loop."""
 
+import contextlib
 import functools
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from sampler_models import MASK, batch, model, run
 
 from unif2ace_kernels.sampling import MaskedDiffusionSampler, draw_torch
+from unif2ace_kernels.sampling.graph import StepGraph
 
 SETTINGS = {
     "default": {},
@@ -30,6 +34,10 @@ def test_a_step_number_on_the_device_is_the_step(settings):
         assert torch.equal(ids, want.ids) and torch.equal(sample, want.sample)
         assert torch.equal(confidence, want.confidence)
     assert torch.equal(sample, numbered)
+
+
+class Tables(NamedTuple):
+    rows: torch.Tensor
 
 
 class NothingOnTheHost(torch.utils._python_dispatch.TorchDispatchMode):
@@ -111,6 +119,32 @@ def test_a_graph_needs_a_cuda_device():
         MaskedDiffusionSampler(lambda ids, step: None, 2, MASK, cuda_graph=True)(batch())
 
 
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_a_capture_that_failed_gives_its_memory_back(monkeypatch, is_ended):
+    """torch does not where the capture could not be ended, and then refuses every other one."""
+    released = []
+
+    def end_allocation(device, pool):
+        if is_ended:
+            raise RuntimeError("not currently recording")
+        released.append(("ended", pool))
+
+    @contextlib.contextmanager
+    def graph(*_, **options):
+        yield
+        raise RuntimeError(f"operation not permitted in {options['pool']}")
+
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "device", "default_generators"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocation)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: released.append(("released", pool)))
+    with pytest.raises(ValueError, match=r"^step_fn: expected one that a CUDA graph can hold, got .* in \(0, 7\)"):
+        StepGraph(lambda ids, step, run: (ids, ids, ids), batch(), Tables(batch()))
+    assert released == ([] if is_ended else [("ended", (0, 7)), ("released", (0, 7))])
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -181,4 +215,7 @@ def test_a_step_function_that_waits_cannot_be_captured():
 
     with pytest.raises(ValueError, match="^step_fn: expected one that a CUDA graph can hold"):
         MaskedDiffusionSampler(waits, 3, MASK, cuda_graph=True)(batch().cuda())
-    assert MaskedDiffusionSampler(waits, 3, MASK)(batch().cuda()).shape == (3, 48)
+    ids = batch().cuda()
+    assert MaskedDiffusionSampler(waits, 3, MASK)(ids).shape == (3, 48)
+    torch.cuda.empty_cache()  # the allocator knows that no capture is under way
+    assert torch.equal(cuda_sampler(cuda_graph=True)(ids), cuda_sampler()(ids))

@@ -6,6 +6,7 @@ the seed, the offset, the global rows, the tokens masked at the start.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -41,19 +42,24 @@ class StepGraph:
                 for _ in range(_WARM_UP):
                     advance(self._ids, self._step, self._run)
             torch.cuda.current_stream().wait_stream(stream)
+            pool = torch.cuda.graph_pool_handle()
             try:
                 # A capture that fails leaves its stream the current one: the outer context puts ours back.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
-                    torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+                    torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
                 ):
                     self._out = advance(self._ids, self._step, self._run)
                     self._ids.copy_(self._out[0])
                     self._step += 1
             except RuntimeError as error:
-                # It also leaves torch's own generator in the belief that it is being captured.
+                # It also leaves torch's own generator and its allocator in the belief that it is still under way: the
+                # allocator would refuse the next capture.
                 generator = torch.cuda.default_generators[ids.device.index]
                 generator.graphsafe_set_state(generator.clone_state())
+                with contextlib.suppress(RuntimeError):  # not what step_fn raised itself: that capture was ended
+                    torch._C._cuda_endAllocateToPool(ids.device.index, pool)
+                    torch._C._cuda_releasePool(ids.device.index, pool)
                 what = str(error).strip().splitlines()[0]
                 raise ValueError(f"step_fn: expected one that a CUDA graph can hold, got {what}") from error
 
