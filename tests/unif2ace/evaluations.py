@@ -24,7 +24,8 @@ class Inception:
     def __init__(self, device):
         pass
 
-    def __call__(self, images):
+    def __call__(self, images, step):
+        step(len(images))
         return np.stack([image[::16, ::16].astype(float).ravel() for image in images])
 
 

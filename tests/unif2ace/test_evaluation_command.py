@@ -40,8 +40,9 @@ def test_the_command_writes_one_page_of_several_runs(untrained, tmp_path, capsys
     checkpoint.model.config.loss = checkpoint.model.config.loss.__class__(alpha=0.1)
     checkpoint.save(other)
     assert evaluated(tmp_path, [untrained, other.parent], "--suite", "paper") == 0
-    told = capsys.readouterr().out
+    told, progress = capsys.readouterr()
     assert "not measured: no judge is named" in told and "report: " in told
+    assert "features: rebuilt: 100%" in progress, "minutes of a CPU are not spent in silence"
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     first, second = results["runs"]
     assert second["run"] == "other" and first["faces"] == 4

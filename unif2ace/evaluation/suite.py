@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from unif2ace import checksums
 from unif2ace.attributes.sources import open_source
@@ -204,7 +205,8 @@ class Suite:
                     "paintings": lambda: np.stack([image for *_, image in self.paintings]),
                 }[what]()  # fmt: skip
                 self._inception = self._inception or Inception(self.config.device)
-                self._features[what] = self._inception(images)
+                with tqdm(total=len(images), desc=f"features: {what}", unit="picture") as bar:
+                    self._features[what] = self._inception(images, bar.update)
                 with replacing(path) as partial, partial.open("wb") as file:
                     np.save(file, self._features[what])
         return self._features[what]
