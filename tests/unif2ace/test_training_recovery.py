@@ -255,6 +255,14 @@ def test_what_one_rank_cannot_read_all_are_told(prepared):
         assert "Traceback" not in ranks.said
 
 
+def test_waiting_for_data_is_told_of_whichever_rank(prepared):
+    """In the step whose time it took, before which the next one's rows are waited for."""
+    folder, config = prepared
+    given = [f"--run={folder / 'late'}", "--stages.0.steps=4", "--stages.1.steps=1"]
+    for record in runs.train(config, *given, ranks=2, hook="training_hooks:late_rows"):
+        assert (0.5 <= record["data_seconds"] < record["step_seconds"]) == (record["step"] == 2), record
+
+
 def test_two_at_once_are_one(prepared):
     """The second would remove what the first one writes."""
     folder, config = prepared

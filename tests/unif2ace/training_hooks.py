@@ -12,6 +12,7 @@ from unittest import mock
 
 from torch import distributed as dist
 
+from unif2ace.data.stream import Stream
 from unif2ace.model import modeling
 from unif2ace.training import sharding, stage, states
 from unif2ace.training.stage import Stage
@@ -70,6 +71,18 @@ def slow_steps() -> None:
         return step(self, work)
 
     Stage.step = slow
+
+
+def late_rows() -> None:
+    """Rank 1 makes the rows of the fourth step half a second late."""
+    make = Stream.make
+
+    def late(self, step):
+        if self.rank == 1 and step == 3:
+            time.sleep(0.5)
+        return make(self, step)
+
+    Stream.make = late
 
 
 def sharded_alone() -> None:

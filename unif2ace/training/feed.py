@@ -27,7 +27,8 @@ class Work:
         step: its number. batches: on the device, each with its shares of the step. keys: names of its samples.
         tokens: that are not padding, of all ranks. corrupt: samples that could not be read, of all ranks so far.
         longest: tokens of this rank's longest row, padding included.
-        waited: seconds that the rows were waited for.
+        waited: seconds of this step's time that the next one's rows were waited for, by the rank that did so longest.
+            To be asked once the step is computed: all ranks have told it by then.
         stop, save: whether some rank was asked to stop, or rank 0 finds a state due: before this step.
     """
 
@@ -37,7 +38,7 @@ class Work:
     tokens: int
     corrupt: int
     longest: int
-    waited: float
+    waited: Callable[[], float]
     stop: bool
     save: bool
 
@@ -59,10 +60,12 @@ def feed(
     source = iter(stream)
     known = len(stream.corrupt)  # found by every rank when the sets were opened
     ahead = _Ahead(source, stream, world, known, stop, save) if stream.step < until else None
+    waits = [ahead]  # the first step's time has two of them
     while ahead is not None:
         now = ahead
         ahead = _Ahead(source, stream, world, known, stop, save) if now.step + 1 < until else None
-        yield now.work()
+        yield now.work([each for each in (*waits, ahead) if each is not None])
+        waits = []
 
 
 class _Ahead:
@@ -86,7 +89,7 @@ class _Ahead:
             self.error = str(error)
         except StopIteration:  # after an error, which is told when its step's turn comes; ranks go on in one order
             self.error = "the data ended"
-        self.waited = time.perf_counter() - began
+        waited = time.perf_counter() - began
         batches = self.made.batches if self.made else []
         self.own = [_targets(batch) for batch in batches]
         said = {
@@ -97,10 +100,18 @@ class _Ahead:
             "stop": stop(),
             "save": world.rank == 0 and save(),
         }
-        self.said = torch.tensor([int(said[name]) for name in _SAID])
+        waits = [int(1e6 * waited) if rank == world.rank else 0 for rank in range(world.ranks)]
+        # Added up over the ranks: each one's wait has a place of its own, so that the longest is known.
+        self.said = torch.tensor([*(int(said[name]) for name in _SAID), *waits])
         self.agreed = dist.all_reduce(self.said, group=world.host, async_op=True)
 
-    def work(self) -> Work:
+    def waited(self) -> float:
+        """Seconds, of the rank that waited longest."""
+        self.agreed.wait()
+        return max(self.said[len(_SAID) :].tolist()) / 1e6
+
+    def work(self, waits: list[_Ahead]) -> Work:
+        """The step; `waits` is what is waited for in its time."""
         self.agreed.wait()
         said = dict(zip(_SAID, self.said.tolist()))
         if said["failed"]:
@@ -120,7 +131,8 @@ class _Ahead:
             batches.append(dataclasses.replace(batch.to(self.world.device), shares=shares))
         return Work(
             self.step, batches, self.made.keys, said["tokens"], corrupt,
-            max(batch.input_ids.shape[1] for batch in batches), self.waited, said["stop"] > 0, said["save"] > 0,
+            max(batch.input_ids.shape[1] for batch in batches), lambda: sum(each.waited() for each in waits),
+            said["stop"] > 0, said["save"] > 0,
         )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def readings(
     flops = step_flops(planned)[0]
     return {
         "step_seconds": round(seconds, 5),
-        "data_seconds": round(work.waited, 5),
+        "data_seconds": round(work.waited(), 5),
         "rows": counts,
         "tokens": work.tokens,
         "tokens_per_second": round(work.tokens / seconds, 1),
