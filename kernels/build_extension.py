@@ -81,7 +81,9 @@ def compile_objects(jobs: list[tuple[Path, list[str]]], folder: Path) -> list[st
         key = hashlib.sha256(" ".join([*command, str(source)]).encode()).hexdigest()[:12]
         target = folder / f"{source.stem}-{key}.o"
         if not target.exists() or target.stat().st_mtime <= max(headers, source.stat().st_mtime):
-            run([*command, "-c", str(source), "-o", str(target)])
+            part = target.with_suffix(".part")  # one that was cut off is not taken for an object
+            run([*command, "-c", str(source), "-o", str(part)])
+            part.replace(target)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,5 +1,6 @@
 """The compiled extension: what it exposes, what it says when a part is missing, and that every .cu compiles clean."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -123,6 +124,23 @@ def test_build_with_tools_that_say_something_odd_is_no_error(build, tmp_path):
     assert record["compiler"] == "toy 1" and libraries == set()
     assert record["missing"]["cuda c++"] == f"{toy} does not say which version it is: 'toy 1'"
     assert "toy failed with status 1" in record["missing"]["c++"]
+
+
+def test_an_object_whose_compiler_was_cut_off_is_compiled_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "kernels")
+    module = importlib.import_module("build_extension")
+    compiler, source = tmp_path / "compiler", tmp_path / "source.cpp"
+    source.touch()
+    command = [(source, [str(compiler)])]
+    for ends in ("kill -9 $$", "true"):
+        compiler.write_text(f"#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\nprintf '{ends}' >$2\n{ends}\n")
+        compiler.chmod(0o755)
+        if ends == "true":
+            [built] = module.compile_objects(command, tmp_path / "objects")
+        else:
+            with pytest.raises(module.CannotBuild):
+                module.compile_objects(command, tmp_path / "objects")
+    assert Path(built).read_text() == "true"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
