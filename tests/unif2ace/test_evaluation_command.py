@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sets
 from evaluations import SIDE, Inception, doubles  # noqa: F401
+from PIL import Image
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.cli import main
@@ -148,3 +149,18 @@ def test_a_judge_s_key_is_looked_for_before_anything_is_painted(untrained, tmp_p
     judge = ["--judge_ds.url=https://localhost:1/v1", "--judge_ds.model=m", "--judge_ds.key=NO_KEY"]
     assert evaluated(tmp_path, [untrained], "--suite=paper", *judge) == 1
     assert "judge_ds.key: the environment variable 'NO_KEY' is not set" in capsys.readouterr().err
+
+
+def test_a_painting_that_is_damaged_or_gone_is_no_end_of_the_page(tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(file)
+    content = file.read_bytes()
+    assert page._picture(file).startswith("data:image/jpeg;base64,")
+    for place in range(8, 45):  # of the chunks' heads, where PIL has errors of all kinds
+        for bits in (1, 128, 255):
+            file.write_bytes(content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :])
+            page._picture(file)
+        file.write_bytes(content[: place // 2])
+        assert page._picture(file) == ""
+    file.unlink()
+    assert page._picture(file) == ""

@@ -6,7 +6,6 @@ published, and the page says so wherever they stand.
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unif2ace import pages
 from unif2ace.evaluation import paper, tables
 from unif2ace.evaluation.rows import MEASURES
 from unif2ace.files import replacing
@@ -23,18 +23,9 @@ from unif2ace.files import replacing
 Result = Mapping[str, Any]
 
 _STYLE = """
-:root { --line: #d9dde3; --soft: #667; --mark: #2458a6 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1d2330 }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
-table { border-collapse: collapse; margin: .6rem 0; width: 100% }
-td, th { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
-td:first-child, th:first-child, .left { text-align: left }
-.note, .absent { color: var(--soft); font-size: .9em }
-.absent { text-align: left }
-.scroll { overflow-x: auto }
+body { max-width: 80rem }
 .gallery { display: flex; flex-wrap: wrap; gap: .6rem } figure { width: 7.4rem; margin: 0; font-size: .78em }
-figure img { width: 100%; image-rendering: auto; border-radius: 3px; display: block }
-.wrong { color: #a02020 }
+figure img { width: 100%; margin: 0; border-radius: 3px }
 svg { display: block; margin-left: auto }
 """
 
@@ -48,12 +39,8 @@ def write(results: Sequence[Result], folders: Sequence[Path], path: Path) -> Non
         parts.append(_ablations(results))
     for result, folder in zip(results, folders):
         parts.append(_of_one(result, folder, alone=len(results) == 1))
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(_title(results))}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
     with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(pages.page(_title(results), "\n".join(parts), _STYLE), encoding="utf-8")
 
 
 def _title(results: Sequence[Result]) -> str:
@@ -79,37 +66,41 @@ def number(name: str, value: float | None) -> str:
     return "" if value is None else f"{value:.{MEASURES[name].digits}f}"
 
 
+def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    return f'<div class="wide">{pages.table(rows, kind)}</div>'
+
+
+def _note(text: str) -> str:
+    return f'<span class="note">{text}</span>'
+
+
 def _main_table(results: Sequence[Result]) -> str:
     """A row a measure, a column a run; the paper's own value last, where there is one."""
-    head = "".join(f"<th>{html.escape(each['run'])}</th>" for each in results)
-    rows = [f"<tr><th>measure</th>{head}<th>95 % interval</th><th>paper&#8224;</th></tr>"]
+    rows = [["measure", *(html.escape(each["run"]) for each in results), "95 % interval", "paper&#8224;"]]
     one = results[0] if len(results) == 1 else None
     names = [name for name in MEASURES if any(row["name"] == name for each in results for row in each["rows"])]
     for name in names:
         found = [next((row for row in each["rows"] if row["name"] == name), None) for each in results]
         arrow = "&#8593;" if MEASURES[name].higher else "&#8595;"
-        title = f'<td title="{html.escape(MEASURES[name].what)}">{html.escape(MEASURES[name].title)} {arrow}'
-        title += f'<div class="note">{html.escape(MEASURES[name].what)}</div></td>'
+        title = f"{html.escape(MEASURES[name].title)} {arrow}<br>{_note(html.escape(MEASURES[name].what))}"
         published = number(name, paper.published(name))
         if all(row is None or row["value"] is None for row in found):
             reason = next((row["reason"] for row in found if row), "")
-            rows.append(
-                f'<tr>{title}<td class="absent" colspan="{len(results) + 1}">not measured: {html.escape(reason)}</td>'
-                f"<td>{published}</td></tr>"
-            )
+            absent = f'<td class="note" style="text-align: left" colspan="{len(results) + 1}">'
+            rows.append([title, f"{absent}not measured: {html.escape(reason)}</td>", published])
             continue
-        cells = "".join(
-            f"<td>{number(name, row['value'])}</td>" if row and row["value"] is not None else
-            f'<td class="absent" title="{html.escape(row["reason"] if row else "")}">not measured</td>'
+        cells = [
+            number(name, row["value"]) if row and row["value"] is not None else
+            f'<td class="note" title="{html.escape(row["reason"] if row else "")}">not measured</td>'
             for row in found
-        )  # fmt: skip
-        how = f'<div class="note">{html.escape(one_row["how"])}</div>' if one and (one_row := found[0]) else ""
-        rows.append(f"<tr>{title}{cells}<td>{_intervals(name, found)}{how}</td><td>{published}</td></tr>")
+        ]  # fmt: skip
+        how = f"<br>{_note(html.escape(one_row['how']))}" if one and (one_row := found[0]) else ""
+        rows.append([title, *cells, _intervals(name, found) + how, published])
     note = (
         f"&#8224; As published for UniF2ace ({html.escape(paper.SOURCE)}): other faces, other judges, another number of"
         " them. It is there to be read beside, and no row here is comparable with it."
     )
-    return f'<h2>Measures</h2><div class="scroll"><table>{"".join(rows)}</table></div><p class="note">{note}</p>'
+    return f'<h2>Measures</h2>{_table(rows)}<p class="note">{note}</p>'
 
 
 def _intervals(name: str, found: Sequence[Any]) -> str:
@@ -117,7 +108,7 @@ def _intervals(name: str, found: Sequence[Any]) -> str:
     spans = [row if row and row["low"] is not None else None for row in found]
     known = [each for each in spans if each]
     if not known:
-        return '<span class="note">none</span>'
+        return _note("none")
     low, high = min(each["low"] for each in known), max(each["high"] for each in known)
     if len(known) == 1:
         return f"{number(name, known[0]['low'])} to {number(name, known[0]['high'])}"
@@ -127,10 +118,10 @@ def _intervals(name: str, found: Sequence[Any]) -> str:
         if each:
             y, left, right, middle = 8 + 14 * line, *(4 + scale * (each[key] - low) for key in ("low", "high", "value"))
             bars.append(
-                f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}" stroke="#2458a6" stroke-width="3"/>'
-                f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="#2458a6"/>'
+                f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}" stroke="#1f77b4" stroke-width="3"/>'
+                f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="#1f77b4"/>'
             )
-    text = f'<div class="note">{number(name, low)} to {number(name, high)}, runs from the top</div>'
+    text = _note(f"{number(name, low)} to {number(name, high)}, runs from the top")
     label = f"{MEASURES[name].title}: intervals of the runs"
     return (
         f'<svg role="img" aria-label="{html.escape(label)}" width="{width}" height="{16 + 14 * (len(spans) - 1)}">'
@@ -141,20 +132,16 @@ def _intervals(name: str, found: Sequence[Any]) -> str:
 def _published(results: Sequence[Result]) -> str:
     """The paper's tables, the runs' rows under the paper's."""
     parts = ["<h2>The paper's tables, with these runs below</h2>"]
-    for title, names, rows in paper.TABLES[:2]:
-        head = "".join(f"<th>{MEASURES[name].title}</th>" for name in names)
-        body = "".join(
-            f"<tr><td>{html.escape(model)} <span class='note'>published</span></td>"
-            + "".join(f"<td>{number(name, value)}</td>" for name, value in zip(names, values)) + "</tr>"
-            for model, values in rows.items()
-        )  # fmt: skip
+    for title, names, published in paper.TABLES[:2]:
+        rows = [["model", *(MEASURES[name].title for name in names)]]
+        for model, values in published.items():
+            cells = (number(name, value) for name, value in zip(names, values))
+            rows.append([f"{html.escape(model)} {_note('published')}", *cells])
         for each in results:
-            cells = "".join(
-                f"<td>{number(name, found)}</td>" if (found := tables.value(each, name)) is not None else
-                '<td class="note">not measured</td>' for name in names
-            )  # fmt: skip
-            body += f"<tr><td><b>{html.escape(each['run'])}</b> <span class='note'>other faces</span></td>{cells}</tr>"
-        parts.append(f"<h3>{title}</h3><table><tr><th>model</th>{head}</tr>{body}</table>")
+            found = ((name, tables.value(each, name)) for name in names)
+            cells = (_note("not measured") if value is None else number(name, value) for name, value in found)
+            rows.append([f"<b>{html.escape(each['run'])}</b> {_note('other faces')}", *cells])
+        parts.append(f"<h3>{title}</h3>{_table(rows)}")
     parts.append(
         '<p class="note">Published rows and these were measured on different faces: by this table none is better than '
         "another.</p>"
@@ -168,21 +155,19 @@ def _ablations(results: Sequence[Result]) -> str:
         return ""
     parts = ["<h2>Ablations</h2>"]
     measured = tables.columns(results)
-    for table, rows in found.items():
+    for table, variants in found.items():
         published = paper.LOSS if table == "loss" else {}
         names = list(dict.fromkeys([*(paper.LOSS_COLUMNS if published else ()), *measured]))
-        head = "".join(f"<th>{MEASURES[name].title}</th>" for name in names)
-        body = "".join(
-            f"<tr><td>{html.escape(row['variant'])} <span class='note'>{len(row['runs'])} run"
-            f"{'s' if len(row['runs']) > 1 else ''}</span></td>"
-            + "".join(f"<td>{_pooled(name, row['measures'].get(name))}</td>" for name in names) + "</tr>"
-            for row in rows
-        )  # fmt: skip
+        rows = [["variant", *(MEASURES[name].title for name in names)]]
+        for each in variants:
+            count = _note(f"{len(each['runs'])} run{'s' if len(each['runs']) > 1 else ''}")
+            cells = (_pooled(name, each["measures"].get(name)) for name in names)
+            rows.append([f"{html.escape(each['variant'])} {count}", *cells])
         for variant, values in published.items():
             known = dict(zip(paper.LOSS_COLUMNS, values))
-            cells = "".join(f"<td>{number(name, known.get(name))}</td>" for name in names)
-            body += f"<tr><td>{html.escape(variant)} <span class='note'>published</span></td>{cells}</tr>"
-        parts.append(f'<h3>{table}</h3><div class="scroll"><table><tr><th>variant</th>{head}</tr>{body}</table></div>')
+            cells = (number(name, known.get(name)) for name in names)
+            rows.append([f"{html.escape(variant)} {_note('published')}", *cells])
+        parts.append(f"<h3>{table}</h3>{_table(rows)}")
     parts.append(
         '<p class="note">Mean over a variant\'s runs, &#177; their standard deviation where there are several. '
         "Published rows are of other faces.</p>"
@@ -206,26 +191,24 @@ def _breakdown(result: Result) -> str:
     parts = []
     for row in result["rows"]:
         for key, groups in row["by"].items():
-            cells = "".join(
-                f"<tr><td>{html.escape(name)}</td><td>{number(row['name'], value)}</td><td>{count}</td></tr>"
-                for name, (value, count) in groups.items()
-            )
-            title = f"{row['title']}, by {key}"
-            parts.append(f"<h3>{title}</h3><table><tr><th>{key}</th><th>value</th><th>number</th></tr>{cells}</table>")
+            rows = [[key, "value", "number"]]
+            for name, (value, count) in groups.items():
+                rows.append([html.escape(name), number(row["name"], value), str(count)])
+            parts.append(f"<h3>{row['title']}, by {key}</h3>{pages.table(rows)}")
     return f"<details><summary>By attribute and by kind</summary>{''.join(parts)}</details>" if parts else ""
 
 
 def _picture(path: Path) -> str:
-    """A picture's file as a data URL, small enough for a page; empty where it is gone."""
+    """The address of a picture, small enough for a page; empty where its file is gone or damaged."""
     try:
         with Image.open(path) as opened:
             small = opened.convert("RGB")
             small.thumbnail((192, 192))
             file = io.BytesIO()
             Image.fromarray(np.asarray(small)).save(file, format="JPEG", quality=88)  # without the file's own texts
-    except OSError:
+    except (OSError, SyntaxError, ValueError):  # of a damaged PNG, any of them
         return ""
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return pages.address(file.getvalue(), "jpeg")
 
 
 def _figure(folder: Path, record: Mapping[str, Any], more: str = "") -> str:
@@ -254,16 +237,14 @@ def _failures(result: Result, folder: Path) -> str:
         )
         parts.append(f"<h3>Paintings that miss most of their prompt</h3><div class='gallery'>{figures}</div>")
     if shown["wrong"]:
-        rows = "".join(
-            f"<tr><td>{html.escape(each['face'])}</td><td class='left'>{html.escape(each['question'])}</td>"
-            f"<td class='left wrong'>{html.escape(each['given'])}</td>"
-            f"<td class='left'>{html.escape(' / '.join(each['references']))}</td></tr>"
-            for each in shown["wrong"]
-        )
+        rows = [["face", "question", "answer", "right"]]
+        for each in shown["wrong"]:
+            face, question, given = (html.escape(each[key]) for key in ("face", "question", "given"))
+            right = html.escape(" / ".join(each["references"]))
+            rows.append([face, question, f'<span class="wrong">{given}</span>', right])
         parts.append(
-            f"<h3>Wrong answers: {len(shown['wrong'])} of {shown['wrong_count']}, evenly spaced</h3><table><tr>"
-            "<th>face</th><th class='left'>question</th><th class='left'>answer</th><th class='left'>right</th></tr>"
-            f"{rows}</table>"
+            f"<h3>Wrong answers: {len(shown['wrong'])} of {shown['wrong_count']}, evenly spaced</h3>"
+            f"{_table(rows, 'words')}"
         )
     return f"<h2>Failures</h2>{''.join(parts)}" if parts else ""
 

@@ -24,15 +24,13 @@ ROWS = 60  # most rows of a table of events
 
 _STYLE = """
 body { max-width: 80rem }
-h2 { margin: 2.4rem 0 .4rem; font-size: 1.15rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }
 .tile { border: 1px solid #e2e5ea; border-radius: 6px; padding: .5rem .8rem }
 .tile b { display: block; font-size: 1.3rem; font-weight: 600; white-space: nowrap }
-.tile span, .note { color: #667; font-size: .85rem }
+.tile span { color: #667; font-size: .85rem }
 .look { background: #fdf5e8; border-left: 4px solid #d9822b; padding: .5rem 1rem .5rem 2rem; margin: 1rem 0 }
 .well { background: #eef6ef; border-left: 4px solid #3d8b4f; padding: .5rem 1rem; margin: 1rem 0 }
-.wide { overflow-x: auto } .wide table { width: 100% }
-td { vertical-align: top } td.face img { width: 4rem; margin: 0; border-radius: 3px }
+td.face img { width: 4rem; margin: 0; border-radius: 3px }
 pre { background: #f6f7f9; padding: 1rem; overflow-x: auto; font-size: .85rem }
 """
 
