@@ -1,9 +1,8 @@
-"""Building a set: what falls out and why, what is believed, what goes on, and that only what may leaves the machine."""
+"""Building a set: what is believed, what goes on, that only what may leaves the machine, and refusals."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import cv2
 import numpy as np
 import pytest
 from endpoints import Server, said
-from toy_source import Toy, picture, save, stand_ins  # noqa: F401
+from toy_source import Toy, eight, picture, save, stand_ins  # noqa: F401
 
-from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.cli import main
 from unif2ace.curation import filters
@@ -28,212 +26,20 @@ from unif2ace.curation.config import (
     ImagesConfig,
     QuestionsConfig,
 )
-from unif2ace.curation.faces import check_faces, picture_files, quality, repeated
-from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.config import SetConfig
 from unif2ace.data.sources import open_source
 from unif2ace.endpoint.config import EndpointConfig
 from unif2ace.endpoint.limits import BudgetSpent
-from unif2ace.endpoint.prompts import load_prompt
 from unif2ace.errors import UserError
 
 CARD = CardConfig("cc-by-4.0", "they signed a form", "our studio", "toys", "me@example.org")
-MEASURED = Lexicon({each.name: each.words for each in ATTRIBUTES})
 TRAITS = Lexicon({"eyeglasses": ("yes", "no"), "hair colour": ("black", "blond"), "emotion": ("happy", "sadness")})
-
-
-# ------------------------------------------------------------------------------------------------------ what is said
-
-
-@pytest.mark.parametrize(
-    "text, claims",
-    [
-        ("A person with dark hair and a bright background.", {"hair": {"dark"}, "background": {"bright"}}),
-        ("The hair is light, the background behind them is dark.", {"hair": {"light"}, "background": {"dark"}}),
-        ("The hair is not light.", {}), ("She has no dark hair.", {}),
-        ("A smiling person, facing left in soft light.",
-         {"mouth": {"smiling"}, "facing": {"left"}, "lighting": {"soft"}}),
-        ("A bright warm green background", {"background": {"bright"}, "tint": {"warm"}, "greenery": {"green"}}),
-        ("dark clothes and light hair", {"clothes": {"dark"}, "hair": {"light"}}),
-        ("with a smile on their face", {"mouth": {"smiling"}}), ("no smile", {}),
-        ("dark hair, medium hair", {"hair": {"dark", "medium"}}), ("", {}), ("a dark day", {}),
-    ],
-)  # fmt: skip
-def test_what_a_text_claims_of_measured_attributes(text, claims):
-    assert MEASURED.claims(text) == claims
-
-
-@pytest.mark.parametrize(
-    "text, claims",
-    [
-        ("A face with glasses on the nose and black hair", {"eyeglasses": {"yes"}, "hair colour": {"black"}}),
-        ("no eyeglasses, blond hair", {"eyeglasses": {"no"}, "hair colour": {"blond"}}),
-        ("He wears eyeglasses. A cheerful look.", {"eyeglasses": {"yes"}, "emotion": {"happy"}}),
-        ("a person without eyeglasses", {"eyeglasses": {"no"}}), ("does not wear eyeglasses", {"eyeglasses": {"no"}}),
-        ("not black hair", {}), ("blackhair", {}),
-    ],
-)  # fmt: skip
-def test_what_a_text_claims_of_traits(text, claims):
-    assert TRAITS.claims(text) == claims
-
-
-def test_every_measured_phrase_claims_what_it_says():
-    for each in ATTRIBUTES:
-        for value in each.words:
-            attribute = Attribute(each.name, value, 1.0)
-            assert MEASURED.claims(f"A person with {MEASURED.say(attribute)}.") == {each.name: {value}}
-            assert value not in MEASURED.topic(attribute).split() and MEASURED.topic(attribute)
-
-
-TRUTH = {"hair": "dark", "background": "bright", "mouth": "closed"}
-FACTS = {"eyeglasses": "yes", "hair colour": "black"}
-
-
-def test_a_contradiction_is_named_and_silence_is_none():
-    assert filters.contradiction("dark hair, a bright background", TRUTH, MEASURED) is None
-    assert filters.contradiction("A happy day in soft light", TRUTH, MEASURED) is None
-    assert "hair is light, but it is dark" in filters.contradiction("light hair", TRUTH, MEASURED)
-    assert "medium" in filters.contradiction("dark hair and medium hair", TRUTH, MEASURED)
-    assert filters.told("dark hair and medium hair, a bright background", TRUTH, MEASURED) == {"background"}
-
-
-@pytest.mark.parametrize(
-    "question, answer, fault",
-    [
-        ("What shade is the hair?", "dark", None), ("What shade is the hair?", "It is dark.", None),
-        ("Is the hair dark or light?", "dark", None), ("Is the hair dark?", "Yes", None),
-        ("Is the hair light?", "No, it is not.", None),
-        ("What shade is the hair?", "light", "contradiction"), ("Is the hair light?", "Yes", "contradiction"),
-        ("Is the hair dark?", "No", "contradiction"), ("Is the mouth closed or smiling?", "smiling", "contradiction"),
-        ("What shade has the dark hair?", "dark", "holds its answer"),
-        ("Is the background bright?", "bright", "holds its answer"),
-        ("Tell me of the hair", "dark", "no question"), ("Who is it?", "a friend", "no attribute speaks"),
-        ("What does the hair do?", "closed mouth", "no attribute speaks"),
-    ],
-)  # fmt: skip
-def test_pairs_against_measured_attributes(question, answer, fault):
-    found = filters.pair_fault(question, answer, TRUTH, MEASURED, unsupported=False)
-    assert found is None if fault is None else fault in found
-    if fault == "no attribute speaks":
-        assert filters.pair_fault(question, answer, TRUTH, MEASURED, unsupported=True) is None
-
-
-@pytest.mark.parametrize(
-    "question, answer, fault",
-    [
-        ("Does the person wear eyeglasses?", "Yes.", None), ("Does the person wear eyeglasses?", "No", "contradiction"),
-        ("What colour is the hair?", "Black", None), ("What hair colour is it?", "Blond", "contradict"),
-        ("What hair colour is it?", "Black", None), ("What is on the nose?", "no eyeglasses", "contradiction"),
-    ],
-)  # fmt: skip
-def test_pairs_against_traits(question, answer, fault):
-    found = filters.pair_fault(question, answer, FACTS, TRAITS, unsupported=False)
-    assert found is None if fault is None else fault in found
-
-
-@pytest.mark.parametrize(
-    "text, leaks",
-    [
-        ("A portrait of a person.", False), ("This is IMG_1234, a person.", True), ("As an AI language model", True),
-        ("<|im_start|> a face", True), ("According to the facts, dark hair", True),
-        ("You never guess who a person is, their name", True), ("img_12345 is another", False),
-    ],
-)  # fmt: skip
-def test_leakage(text, leaks):
-    prompt = load_prompt("caption", "unif2ace.curation")
-    assert (filters.leakage(text, "sub/IMG_1234.jpg", [prompt]) is not None) == leaks
-
-
-def test_questions_asked_before():
-    asked = ["What shade is the hair?"]
-    assert filters.alike("What is the shade? the hair is", asked, 0.8)
-    assert not filters.alike("How bright is the background?", asked, 0.8) and not filters.alike("x?", [], 0.8)
-
-
-# --------------------------------------------------------------------------------------------------------- pictures
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    for number in range(8):
-        save(folder, f"face{number}.png", picture(bool(number & 1), bool(number & 2), number))
-    return folder
+    return eight(tmp_path / "pictures")
 
-
-@pytest.mark.usefixtures("stand_ins")
-def test_face_checks_and_their_reasons(pictures, tmp_path, capsys):
-    save(pictures, "z_black.png", np.zeros((160, 160, 3), np.uint8))
-    save(pictures, "z_two.png", np.concatenate([picture(True, True, 90), picture(True, False, 91)], 1))
-    save(pictures, "z_small.png", picture(True, True, 92)[:100, :100])
-    save(pictures, "z_blur.png", cv2.GaussianBlur(picture(True, True, 93), (0, 0), 20))
-    save(pictures, "z_dark.png", picture(True, True, 94) // 12)
-    save(pictures, "z_white.png", (picture(True, True, 95) // 8 + 222).astype(np.uint8))
-    near = (picture(False, False, 0).astype(int) + 3).clip(0, 255).astype(np.uint8)
-    save(pictures, "z_twin.png", near)
-    shutil.copy(pictures / "face1.png", pictures / "z_copy.png")
-    (pictures / "z_text.png").write_text("no picture")
-    (pictures / "notes.txt").write_text("not looked at")
-    files = picture_files(pictures, 0)
-    config = FacesConfig(blur=1.0, same=0.99)
-    found = check_faces(pictures, files, config, tmp_path / "work")
-    reasons = {each.file: each.reason.partition(":")[0] for each in found}
-    assert list(reasons) == files
-    assert {name: reason for name, reason in reasons.items() if reason} == {
-        "z_black.png": "no face", "z_two.png": "several faces", "z_small.png": "face too small",
-        "z_blur.png": "blurred",
-        "z_dark.png": "too dark", "z_white.png": "too bright", "z_twin.png": "duplicate", "z_copy.png": "duplicate",
-        "z_text.png": "no picture",
-    }  # fmt: skip
-    assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".json"], "no identity vector is left"
-    assert check_faces(pictures, files, config, tmp_path / "work") == found
-    loose = check_faces(pictures, files, replace(config, same=1.0, bystanders=True), tmp_path / "work")
-    assert {each.file for each in loose if not each.reason} == {*files[:8], "z_two.png", "z_twin.png"}
-
-
-@pytest.mark.usefixtures("stand_ins")
-def test_face_checks_go_on_after_a_kill(pictures, tmp_path, monkeypatch):
-    from unif2ace.curation import faces
-
-    monkeypatch.setattr(faces, "_CHUNK", 3)
-    files, work, looked = picture_files(pictures, 0), tmp_path / "work", []
-    quiet = faces.quality
-
-    def counted(face):
-        looked.append(1)
-        if len(looked) == 5:
-            raise KeyboardInterrupt
-        return quiet(face)
-
-    monkeypatch.setattr(faces, "quality", counted)
-    with pytest.raises(KeyboardInterrupt):
-        check_faces(pictures, files, FacesConfig(), work)
-    (kept,) = work.glob("*.npz")
-    assert kept.stat().st_mode & 0o077 == 0, "vectors are their owner's"
-    found = check_faces(pictures, files, FacesConfig(), work)
-    assert len(found) == 8 and len(looked) == 5 + 5 and not list(work.glob("*.npz"))
-
-
-@pytest.mark.parametrize("same", [-1.0, 0.2, 0.5, 0.9])
-def test_repeated_vectors_are_those_of_the_definition(monkeypatch, same):
-    monkeypatch.setattr("unif2ace.curation.faces._BLOCK", 7)
-    vectors = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
-    vectors[30:40] = vectors[:10] + 0.05
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    kept: list[int] = []
-    for row in range(60):
-        if not any(vectors[row] @ vectors[other] >= same for other in kept):
-            kept.append(row)
-    assert np.flatnonzero(~repeated(vectors, same)).tolist() == kept and 0 < len(kept) < 60
-
-
-def test_quality_of_a_face():
-    sharp, soft = picture(True, True, 0), cv2.GaussianBlur(picture(True, True, 0), (0, 0), 4)
-    assert quality(sharp)["blur"] > 20 * quality(soft)["blur"]
-    assert quality(np.zeros((9, 9, 3), np.uint8)) == {"blur": 0.0, "light": 0.0, "clipped": 1.0}
-
-
-# ------------------------------------------------------------------------------------------------------- whole runs
 
 PAIRS = [
     {"question": "Does the person wear eyeglasses?", "answer": "Yes, they do."},

@@ -65,3 +65,10 @@ def stand_ins(monkeypatch):
 
     monkeypatch.setattr("unif2ace.curation.faces.clear_faces", clear_faces)
     monkeypatch.setattr("unif2ace.curation.faces.face_encoder", lambda: encoder)
+
+
+def eight(folder: Path) -> Path:
+    """Eight faces in a folder, face0.png to face7.png."""
+    for number in range(8):
+        save(folder, f"face{number}.png", picture(bool(number & 1), bool(number & 2), number))
+    return folder
