@@ -1,5 +1,5 @@
 // Float32 operations that round once, in C++ on the host and in CUDA C++ alike: never fused into a multiply-add.
-// Host code that includes this is compiled with -ffp-contract=off (setup.py does).
+// Host code that includes this is compiled with -ffp-contract=off (kernels/build_extension.py does).
 #pragma once
 
 #include <cstdint>

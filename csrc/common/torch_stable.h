@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "common/reals.h"
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -27,6 +29,19 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+// Calls run(pointer to T) with the element type of `dtype`.
+template <class Run>
+void dispatch(ScalarType dtype, const char* name, const Run& run) {
+  switch (dtype) {
+    case ScalarType::Float: return run(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16: return run(static_cast<BFloat16Bits*>(nullptr));
+    case ScalarType::Half: return run(static_cast<HalfBits*>(nullptr));
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Double, name, ": expected float64, float32, bfloat16 or float16");
+      return run(static_cast<double*>(nullptr));
+  }
 }
 
 }  // namespace unif2ace

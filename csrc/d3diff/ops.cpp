@@ -36,18 +36,6 @@ UNIF2ACE_SCALE(float)
 UNIF2ACE_SCALE(BFloat16Bits)
 UNIF2ACE_SCALE(HalfBits)
 
-template <class Run>
-void dispatch(ScalarType dtype, const char* name, const Run& run) {
-  switch (dtype) {
-    case ScalarType::Float: return run(static_cast<float*>(nullptr));
-    case ScalarType::BFloat16: return run(static_cast<BFloat16Bits*>(nullptr));
-    case ScalarType::Half: return run(static_cast<HalfBits*>(nullptr));
-    default:
-      STD_TORCH_CHECK(dtype == ScalarType::Double, name, ": expected float64, float32, bfloat16 or float16");
-      return run(static_cast<double*>(nullptr));
-  }
-}
-
 // The rows' weights and targets, [T] each, read by the index of a row.
 template <class Real>
 struct RowInputs {

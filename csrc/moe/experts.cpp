@@ -74,7 +74,7 @@ void gather(const Layout<T>& at, int64_t e, const T* x, T* to) {
 // h += b_in to where it is kept, and a = act(h), 0 in the padding; gate | value of 2F for a gated activation.
 template <class T>
 void activate(const Layout<T>& at, Activation act, int64_t e, const T* product, const T* b_in, T* h, T* a) {
-  using Real = Compute<T>;
+  using Real = ComputeOf<T>;
   const int64_t m = at.count(e);
   for_rows(m, at.width_in, [&](int64_t begin, int64_t end) {
     Real x[kTile], y[kTile], slope[kTile];
@@ -110,9 +110,9 @@ void reduce(Real* sums, int64_t blocks, int64_t width, T* to) {
 // and grad_b_in, unless null, = sum over rows of grad_h.
 template <class T>
 void activate_backward(const Layout<T>& at, Activation act, int64_t e, const T* grad_a, const T* h,
-                       const Compute<T>* weight, T* scaled_a, T* grad_h, Compute<T>* grad_weight, Compute<T>* sums,
-                       T* grad_b_in) {
-  using Real = Compute<T>;
+                       const ComputeOf<T>* weight, T* scaled_a, T* grad_h, ComputeOf<T>* grad_weight,
+                       ComputeOf<T>* sums, T* grad_b_in) {
+  using Real = ComputeOf<T>;
   const int64_t m = at.count(e), width = at.width, wide = at.width_in;
   std::fill(sums, sums + (m + kBlock - 1) / kBlock * wide, Real(0));
   for_blocks(m, wide, [&](int64_t block, int64_t begin, int64_t end) {
@@ -155,9 +155,9 @@ void activate_backward(const Layout<T>& at, Activation act, int64_t e, const T* 
 
 // Rows of grad_y to `to`; with a bias, grad_weight = <grad_y, b_out> and grad_b_out = sum over rows of weight grad_y.
 template <class T>
-void gather_grad(const Layout<T>& at, int64_t e, const T* grad_y, const Compute<T>* weight, const T* b_out, T* to,
-                 Compute<T>* grad_weight, Compute<T>* sums, T* grad_b_out) {
-  using Real = Compute<T>;
+void gather_grad(const Layout<T>& at, int64_t e, const T* grad_y, const ComputeOf<T>* weight, const T* b_out, T* to,
+                 ComputeOf<T>* grad_weight, ComputeOf<T>* sums, T* grad_b_out) {
+  using Real = ComputeOf<T>;
   const int64_t m = at.count(e), first = at.offsets[e], width = at.hidden;
   if (b_out == nullptr) {
     std::fill(grad_weight, grad_weight + m, Real(0));
@@ -190,7 +190,7 @@ struct ForwardScratch {
 template <class T>
 struct BackwardScratch {
   Scratch<T> x, grad_y, grad_a, scaled_a, grad_h;
-  Scratch<Compute<T>> sums;
+  Scratch<ComputeOf<T>> sums;
 };
 
 template <class T>
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
   Tensor grad_b_out = torch::stable::new_empty(w_out, {b_out ? experts : 0, w_out.size(2)});
   dispatch(x.scalar_type(), "x", [&](auto* of) {
     using T = std::remove_pointer_t<decltype(of)>;
-    using Real = Compute<T>;
+    using Real = ComputeOf<T>;
     const Layout<T> at(x, weight, order, offsets, w_in, w_out);
     const auto input = [](const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); };
     const auto of_expert = [](Tensor& tensor, int64_t e, int64_t size) {

@@ -24,7 +24,7 @@ void for_rows(int64_t rows, int64_t width, const Rows& run) {
 // What both directions know: sizes, who has which rows, and the weights' places.
 template <class T>
 struct Layout {
-  using Real = Compute<T>;
+  using Real = ComputeOf<T>;
 
   int64_t tokens, slots, hidden, width, width_in, rows, experts;
   // oneDNN, which multiplies bfloat16 and float16, builds a kernel for each new number of rows, which can take as long

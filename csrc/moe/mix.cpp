@@ -13,7 +13,7 @@ constexpr int64_t kPiece = 16 * kTile;  // elements of a sample that one thread 
 // What both directions know. Terms of a sample: x, then the injected sequences.
 template <class T>
 struct Mixture {
-  using Real = Compute<T>;
+  using Real = ComputeOf<T>;
 
   int64_t batch, terms, size, pieces;
   std::vector<Real> coef;  // [batch, terms]
@@ -56,7 +56,7 @@ Tensor mix_cpu(const Tensor& x_, const Tensor& coef_, const Tensor& injected_) {
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   dispatch(x.scalar_type(), "x", [&](auto* of) {
     using T = std::remove_pointer_t<decltype(of)>;
-    using Real = Compute<T>;
+    using Real = ComputeOf<T>;
     const Mixture<T> at(x, coef, injected);
     T* const to = static_cast<T*>(y.mutable_data_ptr());
     at.for_pieces([&](int64_t b, int64_t, int64_t begin, int64_t end) {
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward_cpu(const Tensor& grad_y_, const
   STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && grad_y.numel() == x.numel(), "grad_y: expected x's shape");
   dispatch(x.scalar_type(), "x", [&](auto* of) {
     using T = std::remove_pointer_t<decltype(of)>;
-    using Real = Compute<T>;
+    using Real = ComputeOf<T>;
     const Mixture<T> at(x, coef, injected);
     const T* const from = static_cast<const T*>(grad_y.const_data_ptr());
     T* const to_x = static_cast<T*>(grad_x.mutable_data_ptr());

@@ -175,7 +175,7 @@ Outputs route_cpu(const Tensor& logits, const Tensor& group_ids, std::vector<int
   std::optional<Outputs> outputs;
   dispatch(logits.scalar_type(), "logits", [&](auto* of) {
     using Logit = std::remove_pointer_t<decltype(of)>;
-    using Real = Compute<Logit>;
+    using Real = ComputeOf<Logit>;
     Router<Real> router = make_router<Real>(logits, group_sizes, top_k, shared, normalize, scoring, z_coef);
     if (selection_bias) {
       STD_TORCH_CHECK(selection_bias->dim() == 1 && selection_bias->size(0) == router.routed(),
@@ -224,7 +224,7 @@ Tensor route_backward_cpu(std::optional<Tensor> grad_weight, std::optional<Tenso
   Tensor grad = torch::stable::new_empty(logits, {tokens, logits.size(1)});
   dispatch(logits.scalar_type(), "logits", [&](auto* of) {
     using Logit = std::remove_pointer_t<decltype(of)>;
-    using Real = Compute<Logit>;
+    using Real = ComputeOf<Logit>;
     constexpr ScalarType kind = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
     const Router<Real> router = make_router<Real>(logits, group_sizes, top_k, slots - top_k, normalize, scoring,
                                                   grad_z_loss ? z_coef : 0.0);

@@ -76,7 +76,7 @@ struct Tile {
   bool one_group() const { return std::all_of(group, group + kLanes, [&](int64_t g) { return g == group[0]; }); }
 };
 
-// ids and logits of tokens t .. t + tile.tokens; ids were checked or clamped to be in range.
+// ids, which are in range, and logits are those of the tile's first token on.
 template <class Real, class Logit>
 void load_tile(const Router<Real>& router, const int64_t* ids, const Logit* logits, int64_t stride_t, int64_t stride_e,
                Tile<Real>& tile) {

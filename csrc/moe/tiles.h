@@ -2,11 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
-#include <torch/headeronly/util/Half.h>
-
-#include "common/exact.cuh"
+#include "common/reals.h"
 #include "common/simd.h"
 #include "common/torch_stable.h"
 
@@ -14,30 +11,17 @@ namespace unif2ace {
 
 constexpr int64_t kTile = 256;  // elements: half a dozen float arrays of it stay in the first-level cache
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-using Half = torch::headeronly::Half;
-
-template <class T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 #define UNIF2ACE_INLINE inline __attribute__((always_inline))
 
 template <class Real, class T>
 UNIF2ACE_INLINE Real widen(T value) {
-  if constexpr (std::is_same_v<T, Bfloat16>) return bits_float(static_cast<int32_t>(uint32_t{value.bits} << 16));
-  else return static_cast<Real>(value);
+  return static_cast<Real>(to_compute(value));
 }
 template <class T, class Real>
 UNIF2ACE_INLINE T narrow(Real value) {
-  if constexpr (std::is_same_v<T, Bfloat16>) {
-    const uint32_t bits = static_cast<uint32_t>(float_bits(static_cast<float>(value)));
-    const uint32_t nearest_even = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : nearest_even)};
-  } else {
-    return static_cast<T>(value);
-  }
+  T to;
+  from_compute(static_cast<ComputeOf<T>>(value), to);
+  return to;
 }
 
 template <class T, class Real>
@@ -80,19 +64,6 @@ template <class Real>
 Real folded(Real* tile) {
   for (int64_t half = kTile / 2; half > 0; half /= 2) add(tile, tile + half, half);
   return tile[0];
-}
-
-// Calls run(pointer to T) with the element type of `dtype`.
-template <class Run>
-void dispatch(ScalarType dtype, const char* name, const Run& run) {
-  switch (dtype) {
-    case ScalarType::Float: return run(static_cast<float*>(nullptr));
-    case ScalarType::BFloat16: return run(static_cast<Bfloat16*>(nullptr));
-    case ScalarType::Half: return run(static_cast<Half*>(nullptr));
-    default:
-      STD_TORCH_CHECK(dtype == ScalarType::Double, name, ": expected float64, float32, bfloat16 or float16");
-      return run(static_cast<double*>(nullptr));
-  }
 }
 
 }  // namespace unif2ace
