@@ -8,7 +8,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from toy_source import Toy, eight, picture, save, stand_ins  # noqa: F401
+from toy_source import eight, picture, save, stand_ins  # noqa: F401
 
 from unif2ace.curation.config import (
     FacesConfig,

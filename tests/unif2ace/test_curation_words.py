@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from toy_source import Toy, eight, picture, save, stand_ins  # noqa: F401
 
 from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.lexicon import Lexicon

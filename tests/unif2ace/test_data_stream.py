@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
-import logging
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import sets
 import torch
-import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from quick import QuickEncoding, job
+from streams import COUNT, take, whole
 
-from unif2ace.data import stream as module
-from unif2ace.data.config import DataConfig, MixConfig, SetConfig
-from unif2ace.data.precompute import PrecomputeConfig
-from unif2ace.data.shards import index_path
+from unif2ace.data.config import MixConfig, SetConfig
 from unif2ace.data.stream import Stream
 from unif2ace.errors import UserError
-from unif2ace.settings import parse
 
-COUNT = 23
 COUNTS = {"t2i": 4, "mmu": 2}  # of the usual config
 
 
@@ -58,37 +47,6 @@ def stream(folder, text, model):
         return Stream(sets.config(SetConfig(str(folder)), **(changes or {})), model, text, **arguments)
 
     return make
-
-
-def take(stream, count):
-    return list(itertools.islice(stream, count))
-
-
-def rows(batch) -> list[tuple]:
-    """Each row's content without its padding, which hangs on the rows beside it."""
-    found = []
-    for row in range(len(batch.task)):
-        real = batch.attention_mask[row]
-        first = int(real.int().argmax())
-        last = len(real) - int(real.flip(0).int().argmax())
-        found.append(
-            (
-                int(batch.task[row]),
-                int(batch.image_start[row]) - first,
-                batch.input_ids[row, first:last].tolist(),
-                batch.labels[row, first:last].tolist(),
-                float(batch.mask_prob[row]),
-                batch.identity[row].tolist(),
-                batch.semantic[row].tolist() if batch.semantic[row].any() else None,
-            )
-        )
-    return found
-
-
-def whole(streams, count) -> list[list]:
-    """What all ranks do in each of `count` steps, in an order of its own."""
-    steps = zip(*(take(each, count) for each in streams))
-    return [sorted(row for part in step for batch in part.batches for row in rows(batch)) for step in steps]
 
 
 def test_an_epoch_has_every_sample_once(stream):
@@ -234,215 +192,3 @@ def test_a_worker_that_is_killed_is_reported(stream, monkeypatch):
     monkeypatch.setattr(lost, "make", lambda step: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="a data worker was lost"):
         take(lost, 1)
-
-
-# damage
-
-
-def flip(folder, key) -> str:
-    """Damage one sample on disk; what the message will call it."""
-    for path in sorted(folder.glob("*.tar")):
-        index = json.loads(index_path(path).read_text())
-        if key in index["keys"]:
-            offset, size, _ = index["places"][index["keys"].index(key)][0]
-            with path.open("r+b") as file:
-                file.seek(offset + size // 2)
-                byte = file.read(1)
-                file.seek(-1, os.SEEK_CUR)
-                file.write(bytes([byte[0] ^ 4]))
-            return f"{path} at byte {offset}"
-    raise KeyError(key)
-
-
-@pytest.fixture
-def damaged(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "damaged")
-    return copy, {flip(copy, f"face-{number}") for number in (4, 17)}
-
-
-def test_damage_is_passed_over_alike_by_all(damaged, folder, text, model, caplog):
-    """Others stay in their places, a stand-in has the damaged one's, on any number of ranks and workers, resumed or
-    not."""
-    copy, wheres = damaged
-    data = sets.config(SetConfig(str(copy)), max_corrupt=2)
-    sound = take(Stream(sets.config(SetConfig(str(folder))), model, text), 12)
-    one = Stream(data, model, text)
-    with caplog.at_level(logging.WARNING):
-        steps = take(one, 12)
-    assert set(one.corrupt) == wheres and len(caplog.records) == 2
-    assert all("its bytes are not those that were written" in record.getMessage() for record in caplog.records)
-    changed = 0
-    for a, b in zip(steps, sound):
-        for mine, theirs in zip(a.keys[0], b.keys[0]):
-            lost = theirs.endswith(("face-4", "face-17"))
-            assert (mine == theirs) != lost
-            changed += lost
-    assert changed == one.told["stand_in"] > 3, "more than an epoch"
-    expected = whole([Stream(data, model, text)], 12)
-    assert whole([Stream(data, model, text, rank=rank, ranks=2) for rank in range(2)], 12) == expected
-    among = Stream(dataclasses.replace(data, workers=2), model, text)
-    first = whole([among], 5)
-    rest = Stream(data, model, text)
-    rest.load_state_dict(among.state_dict())
-    assert first + whole([rest], 7) == expected and set(rest.corrupt) == wheres
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_much_damage_stops_it_with_the_file_s_name(damaged, text, model, workers):
-    copy, wheres = damaged
-    stream = Stream(sets.config(SetConfig(str(copy)), max_corrupt=1, workers=workers), model, text)
-    with pytest.raises(
-        UserError, match=r"2 samples could not be read, data.max_corrupt allows 1; the last: (.*tar at byte .*)"
-    ) as e:
-        take(stream, 12)
-    assert any(where in str(e.value) for where in wheres) and "\n" not in str(e.value)
-
-
-def test_the_count_goes_on_after_a_resume(damaged, text, model):
-    copy, _ = damaged
-    data = sets.config(SetConfig(str(copy)), max_corrupt=1)
-    stream = Stream(data, model, text)
-    while len(stream.corrupt) < 1:
-        take(stream, 1)
-    again = Stream(data, model, text)
-    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
-    assert again.corrupt == stream.corrupt and len(again.corrupt) == 1
-    with pytest.raises(UserError, match="2 samples could not be read"):
-        take(again, 12)
-
-
-def test_a_shard_that_goes_away_stops_it(damaged, text, model):
-    copy, _ = damaged
-    stream = Stream(sets.config(SetConfig(str(copy)), max_corrupt=6), model, text)
-    take(stream, 1)
-    for number in range(5):
-        (copy / f"shard-{number:05d}.tar").unlink()
-    from unif2ace.data import sources
-
-    sources._opened.cache_clear()  # a file that is open can still be read
-    with pytest.raises(UserError, match=r"7 samples could not be read.*shard-0000\d\.tar at byte \d+: No such file"):
-        take(stream, 30)
-
-
-def test_codes_of_another_tokenizer_stop_it(folder, text):
-    with pytest.raises(UserError, match=r"its codes are \[4\] up to \d+, this model's are \[9\] below 16"):
-        take(Stream(sets.config(SetConfig(str(folder)), max_corrupt=3), sets.model(text).__class__(
-            **{**sets.model(text).to_dict(), "image_tokens": 9}), text), 1)  # fmt: skip
-
-
-# sets, ranks, settings
-
-
-def test_pictures_are_encoded_on_the_way(text, model, tmp_path, folder):
-    """Slow, but the same rows as from shards, up to the half floats that shards hold."""
-    path = sets.llava(tmp_path, COUNT)
-    for workers in (0, 1):  # one line from a worker too, and no traceback in it
-        with pytest.raises(UserError, match="^[^\n]*it has no codes; run `unif2ace precompute`[^\n]*$"):
-            take(Stream(sets.config(SetConfig(str(path)), workers=workers), model, text), 1)
-    encoded = take(Stream(sets.config(SetConfig(str(path))), model, text, encode=QuickEncoding().build()), 4)
-    for a, b in zip(encoded, take(Stream(sets.config(SetConfig(str(folder))), model, text), 4)):
-        assert a.keys == b.keys and torch.equal(a.batches[0].input_ids, b.batches[0].input_ids)
-        assert torch.allclose(a.batches[0].semantic, b.batches[0].semantic, atol=1e-3)
-
-
-def test_sets_are_mixed_by_their_sizes(folder, text, model, tmp_path):
-    more = sets.precompute(job(sets.llava(tmp_path / "raw", 7, first=100), tmp_path / "more"), progress=False)
-    assert more["samples"] == 7
-    both = (SetConfig(str(folder), tasks=("t2i", "mmu")), SetConfig(str(tmp_path / "more"), tasks=("t2i",)))
-    steps = take(Stream(sets.config(*both), model, text), 15)
-    keys = [key for step in steps for key in step.keys[0]]
-    assert len({key for key in keys if key.startswith("t2i")}) == 30
-    assert not any(key.startswith("mmu:face-10") and len(key) == len("mmu:face-100") for key in keys)
-
-
-def test_plain_text_is_read_once_an_epoch(text, model, tmp_path):
-    words = [f"text {number} of plain words, {'more ' * (number % 7)}" for number in range(30)]
-    path = tmp_path / "plain.jsonl"
-    path.write_text("\n".join(json.dumps({"text": each}) for each in words))
-    data = sets.config(SetConfig(str(path), tasks=("lm",)), mix=MixConfig(0, 0, 1), batch=4, lm_length=16)
-    stream = Stream(data, model, text, rank=0, ranks=1)
-    ((tokens, _),) = stream.walks["lm"].sets
-    steps = take(stream, -(-len(tokens) // 4))
-    windows = [row for step in steps for row in zip(step.keys[0], *(each.tolist() for each in (
-        step.batches[0].input_ids, step.batches[0].labels)))][: len(tokens)]  # fmt: skip
-    assert len({key for key, _, _ in windows}) == len(tokens)
-    predicted = [label for _, _, labels in windows for label in labels if label != -100]
-    expected = [token for each in words for token in [*text.encode(each), text.end]]
-    assert Counter(predicted) == Counter(expected[1:]), "every token but the first is a target once"
-    batch = steps[0].batches[0]
-    assert batch.task.tolist() == [1] * 4 and batch.image_start.tolist() == [-1] * 4 and batch.input_ids.shape[1] == 16
-    again = Stream(data, model, text)
-    assert again.walks["lm"].sets[0][0].path == tokens.path and len(list(tmp_path.glob("*.tokens"))) == 1
-
-
-def test_other_text_in_the_same_file_is_tokenised_anew(text, model, tmp_path):
-    path = tmp_path / "plain.jsonl"
-    data = sets.config(SetConfig(str(path), tasks=("lm",)), mix=MixConfig(0, 0, 1))
-    for words in ("some words that are long enough", "other words that are long enough"):
-        path.write_text(json.dumps({"text": words}))
-        (batch,) = Stream(data, model, text).make(0).batches
-        assert text.decode(batch.input_ids[0].tolist()) == words
-
-
-def test_text_that_cannot_be_read_is_counted_once_and_for_all(text, model, tmp_path):
-    path = tmp_path / "plain.jsonl"
-    path.write_text('{"text": "some words that are long enough"}\n{"text": "br\n')
-    data = sets.config(SetConfig(str(path), tasks=("lm",)), mix=MixConfig(0, 0, 1), max_corrupt=1)
-    for _ in range(2):  # the second takes the token file as it is
-        assert [*Stream(data, model, text).corrupt] == [f"{path} at byte 44"]
-    with pytest.raises(UserError, match="1 samples could not be read, data.max_corrupt allows 0"):
-        Stream(dataclasses.replace(data, max_corrupt=0), model, text)
-
-
-def test_samples_that_do_not_serve_a_task_are_not_asked(text, model, tmp_path):
-    raw = tmp_path / "raw"
-    records = json.loads(sets.llava(raw, 12).read_text())
-    for number in (2, 5):
-        del records[number]["caption"]
-    (raw / "faces.json").write_text(json.dumps(records))
-    sets.precompute(job(raw / "faces.json", tmp_path / "out"), progress=False)
-    steps = take(Stream(sets.config(SetConfig(str(tmp_path / "out"))), model, text), 10)
-    captioned = [key for step in steps for key in step.keys[0] if key.startswith("t2i")]
-    assert {"t2i:face-2", "t2i:face-5"}.isdisjoint(captioned) and len(set(captioned)) == 10
-    assert sum(step.told["stand_in"] for step in steps) == 0
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"batch": 0}, r"^data\.batch: expected at least 1, got 0"),
-        ({"mix": MixConfig(1, 0, 0.001)}, r"^data\.batch: expected enough rows that mix\.lm gets one, got 6"),
-        ({"mix": MixConfig(1, 0, 1)}, r"^data\.mix\.lm: expected 0, as no set has lm among its tasks, got 1"),
-        ({"mix": MixConfig(1, -1, 0)}, r"^data\.mix\.mmu: expected a weight of at least 0, got -1"),
-        ({"mix": MixConfig(0, 0, 0)}, r"^data\.mix: expected a weight above 0"),
-        ({"guidance_dropout": 1.5}, r"^data\.guidance_dropout: expected a probability, got 1.5"),
-        ({"over_long": "x"}, r"^data\.over_long: expected truncate or drop, got 'x'"),
-        ({"questions": 0}, r"^data\.questions: expected at least 1, got 0"),
-        ({"max_corrupt": -1}, r"^data\.max_corrupt: expected at least 0, got -1"),
-        ({"sets": ()}, r"^data\.sets: expected at least one set"),
-        ({"sets": (SetConfig("x", kind="y"),)}, r"^data\.sets\[0\]\.kind: expected one of auto, .*, got 'y'"),
-        ({"sets": (SetConfig("x", tasks=("y",)),)}, r"^data\.sets\[0\]\.tasks: expected some of t2i, mmu, lm"),
-    ],
-)
-def test_bad_settings_are_named(folder, text, model, changes, message):
-    with pytest.raises(UserError, match=message):
-        Stream(dataclasses.replace(sets.config(SetConfig(str(folder))), **changes), model, text)
-
-
-def test_too_many_ranks(stream):
-    stream(ranks=4, rank=3)
-    with pytest.raises(
-        UserError, match="data.batch: 6 rows are .* a step, too few for 2 ranks with 3 micro-batches each"
-    ):
-        stream(ranks=2, micro=3)
-    with pytest.raises(ValueError, match="rank: expected 0 to ranks - 1 = 1, got 2"):
-        stream(ranks=2, rank=2)
-
-
-def test_the_page_s_settings_are_settings():
-    """README.md of the data names keys that there are."""
-    page = (Path(module.__file__).parent / "README.md").read_text()
-    first, second = re.findall(r"```yaml\n(.*?)```", page, re.S)
-    data = parse(DataConfig, yaml.safe_load(first), "data").check()
-    assert data.counts == {"t2i": 24, "mmu": 19, "lm": 1}
-    parse(PrecomputeConfig, yaml.safe_load(second), "").check()
