@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from endpoints import Server, said
-from toy_source import Toy, eight, stand_ins  # noqa: F401
+from toy_source import Toy, eight, picture, stand_ins  # noqa: F401
 
 from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.cli import main
