@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -118,6 +120,35 @@ def test_requests_that_wait_are_written_together(language, tmp_path):
     for name, each in outcomes.items():
         (alone,) = write([Order([{"role": "user", "content": f"w{name} w1"}], max_tokens=12)])
         assert (each.value == alone.text.strip()) if each.kind == "answered" else alone.cut
+
+
+def test_what_nobody_waits_for_any_more_is_not_written(language):
+    begun, go, asked = threading.Event(), threading.Event(), []
+
+    class Slow:
+        name, context, tokens = language.name, language.context, language.tokens
+
+        def write(self, orders):
+            asked.extend(each.messages[0]["content"] for each in orders)
+            begun.set()
+            assert go.wait(20)
+            return language.write(orders)
+
+    with LanguageServer(Slow(), batch=1) as server:
+
+        def ask(words, timeout):
+            told = {"model": "tiny", "max_tokens": 3, "messages": [{"role": "user", "content": words}]}
+            return httpx.post(f"{server.url}/chat/completions", json=told, timeout=timeout, trust_env=False)
+
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(ask, "w1", 20)
+            assert begun.wait(20)
+            with pytest.raises(httpx.ReadTimeout):
+                ask("w2", 0.5)  # who asks this hangs up before its turn
+            last = pool.submit(ask, "w3", 20)
+            go.set()
+            assert first.result().status_code == last.result().status_code == 200
+    assert asked == ["w1", "w3"]
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import json
 import queue
+import select
+import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 
 from unif2ace.endpoint.language import Language, Order, Written
 from unif2ace.errors import UserError
 
 _GATHER = 0.05  # seconds that a batch waits for more rows
 _LARGEST = 1_000_000  # bytes of a request
+
+
+class _Waiting(NamedTuple):
+    """A text that is waited for; `gone` says whether it still is, and `done` has None where it is not."""
+
+    order: Order
+    done: Future[Written | None]
+    gone: Callable[[], bool]
 
 
 class LanguageServer:
@@ -41,7 +52,7 @@ class LanguageServer:
     def __init__(self, language: Language, port: int = 0, batch: int = 16) -> None:
         self.language, self.batch = language, batch
         self.written = {"tokens": 0, "read": 0, "texts": 0, "seconds": 0.0}
-        self._waiting: queue.Queue[tuple[Order, Future[Written]] | None] = queue.Queue()
+        self._waiting: queue.Queue[_Waiting | None] = queue.Queue()
         try:
             self._http = _Http(("127.0.0.1", port), _handler(self))
         except OSError as error:
@@ -64,10 +75,10 @@ class LanguageServer:
             each.join()
         self._http.server_close()
 
-    def order(self, order: Order) -> Written:
-        """Wait for a text."""
-        done: Future[Written] = Future()
-        self._waiting.put((order, done))
+    def order(self, order: Order, gone: Callable[[], bool]) -> Written | None:
+        """Wait for a text; None where `gone` said, when its turn came, that nobody waits for it any more."""
+        done: Future[Written | None] = Future()
+        self._waiting.put(_Waiting(order, done, gone))
         return done.result()
 
     def _write(self) -> None:
@@ -85,20 +96,28 @@ class LanguageServer:
             if ended:
                 return
 
-    def _serve(self, batch: list[tuple[Order, Future[Written]]]) -> None:
+    def _serve(self, waiting: list[_Waiting]) -> None:
+        batch = []
+        for each in waiting:  # a client that was killed and comes back is not to wait for what it asked before
+            if each.gone():
+                each.done.set_result(None)
+            else:
+                batch.append(each)
+        if not batch:
+            return
         start = time.perf_counter()
         try:
-            texts = self.language.write([order for order, _ in batch])
+            texts = self.language.write([each.order for each in batch])
         except Exception as error:  # whatever it is, those who wait are told, and the next batch is another
-            for _, done in batch:
-                done.set_exception(error)
+            for each in batch:
+                each.done.set_exception(error)
             return
         self.written["seconds"] += time.perf_counter() - start
         self.written["texts"] += len(texts)
-        for (_, done), text in zip(batch, texts):
+        for each, text in zip(batch, texts):
             self.written["tokens"] += text.tokens_out
             self.written["read"] += text.tokens_in
-            done.set_result(text)
+            each.done.set_result(text)
 
 
 class _Http(ThreadingHTTPServer):
@@ -131,7 +150,11 @@ def _handler(server: LanguageServer) -> type[BaseHTTPRequestHandler]:
                 if self.path != "/v1/chat/completions":
                     raise _Wrong(404, f"there is no {self.path}")
                 order = _order(content, server.language)
-                self._send(200, _completion(server.order(order), server.language.name))
+                written = server.order(order, lambda: _hung_up(self.connection))
+                if written is None:
+                    self.close_connection = True
+                else:
+                    self._send(200, _completion(written, server.language.name))
             except _Wrong as error:
                 self._send(error.args[0], _error(error.args[1]))
             except Exception as error:  # a server says what went wrong and goes on
@@ -149,6 +172,18 @@ def _handler(server: LanguageServer) -> type[BaseHTTPRequestHandler]:
             """Nothing: what is asked about faces is in no log."""
 
     return Handler
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """Whether the other side of a connection has ended it."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(0):
+        return False
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
 
 
 def _order(content: bytes, language: Language) -> Order:
