@@ -238,6 +238,8 @@ def test_bad_settings(raw, tmp_path, change):
         made(raw, tmp_path, **change)
     with pytest.raises(UserError, match=r"encoding\.frame: expected one of face, square, got 'x'"):
         precompute(PrecomputeConfig(SetConfig(str(raw)), EncodingConfig("", frame="x"), str(tmp_path)))
+    with pytest.raises(UserError, match=r"encoding\.semantic: expected image_tokenizer, .* got 'tokenizer'"):
+        precompute(PrecomputeConfig(SetConfig(str(raw)), EncodingConfig("", semantic="tokenizer"), str(tmp_path)))
     with pytest.raises(UserError, match=r"encoding\.device: expected a device that torch has here, .* got 'tpu'"):
         precompute(PrecomputeConfig(SetConfig(str(raw)), EncodingConfig("", device="tpu"), str(tmp_path)))
 
@@ -251,7 +253,9 @@ def tokenizer(tmp_path_factory):
 def test_the_command(raw, tokenizer, tmp_path, capsys):
     folder, module_ = tokenizer
     config = tmp_path / "c.yaml"
-    config.write_text(f"set: {{path: {raw}}}\nencoding: {{tokenizer: {folder}, semantic: tokenizer, frame: square}}\n")
+    config.write_text(
+        f"set: {{path: {raw}}}\nencoding: {{tokenizer: {folder}, semantic: image_tokenizer, frame: square}}\n"
+    )
     assert main(["precompute", str(config), f"--out={tmp_path / 'out'}", "--shard=10"]) == 0
     assert "23 samples in 3 shards; passed over: 0 that could not be read" in capsys.readouterr().out
     source = open_source(SetConfig(str(tmp_path / "out")), "set")

@@ -20,7 +20,8 @@ from unif2ace.model.image_tokenizer import to_images
 
 FRAMES = ("face", "square")
 FEATURES_SIDE = 256  # pixels a side of what encoders see, more where the image tokenizer sees more
-LATENTS = "tokenizer"  # in place of a semantic encoder: the image tokenizer's latents
+LATENTS = "image_tokenizer"  # in place of a semantic encoder: the image tokenizer's latents
+_OLD = "tokenizer"  # as manifests call them, whose shards hang on every word
 
 
 class Features(Protocol):
@@ -36,7 +37,7 @@ class EncodingConfig:
     """Attributes:
     tokenizer: folder of a checkpoint or of an imported image tokenizer.
     identity: name of an encoder of `unif2ace.encoders`, or none.
-    semantic: likewise; or `tokenizer`, the image tokenizer's latents.
+    semantic: likewise; or `image_tokenizer`, its latents.
     frame: `face`: the largest face is found and brought into the model's frame; `square`: the middle of the picture.
     device: where networks compute.
     """
@@ -49,6 +50,8 @@ class EncodingConfig:
 
     def check(self, where: str) -> EncodingConfig:
         """The config itself; UserError names a key that is wrong."""
+        if self.semantic == _OLD:
+            raise UserError(f"{where}.semantic: expected {LATENTS}, as checkpoints call its latents, got {_OLD!r}")
         if self.frame not in FRAMES:
             raise UserError(f"{where}.frame: expected one of {', '.join(FRAMES)}, got {self.frame!r}")
         return self
@@ -103,7 +106,7 @@ class Encoding:
             "tokenizer": self.fingerprint_of_tokenizer,
             "side": self.side,
             "identity": self.identity.fingerprint if self.identity else None,
-            "semantic": LATENTS if self.latents else self.semantic.fingerprint if self.semantic else None,
+            "semantic": _OLD if self.latents else self.semantic.fingerprint if self.semantic else None,
             "frame": (self.frame or square_frame).__name__,
         }
 
