@@ -10,8 +10,10 @@ import torch
 import training_runs as runs
 import yaml
 
+from unif2ace.checkpoint import read_config as read_model_config
 from unif2ace.cli import main
 from unif2ace.errors import UserError
+from unif2ace.planning.plan import counts
 from unif2ace.training import states
 from unif2ace.training.config import changes, plain, read_config
 from unif2ace.training.gradients import PARTS, freeze, part_of
@@ -120,9 +122,17 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(prepared, capsys):
     assert main(["train", str(path), "--dry-run", "--ranks=2", "--ema=0.99"]) == 0
     said = capsys.readouterr().out
     assert yaml.safe_load(said[: said.index("\n\n")])["ema"] == 0.99
-    assert "6 steps on 2 ranks" in said and "parameters that are trained" in said
+    assert "6 steps on 2 ranks" in said
     assert "joint: 6 steps of 8 rows (4 t2i, 4 mmu, 0 lm)" in said and "GiB a rank" in said and "EMA" in said
     assert not (folder / "dry").exists()
+    all_of = counts(read_model_config(folder / "start")).all
+    assert f"\n{all_of:,} parameters: " in said
+    assert f"  {all_of:,} parameters that are trained" in said and "as if all" not in said
+    assert main(["train", str(path), "--dry-run", "--stages.0.freeze=[head.weight]"]) == 0
+    said, head = capsys.readouterr().out, runs.Checkpoint.load(folder / "start").model.head.weight.numel()
+    assert f"  {all_of - head:,} parameters that are trained" in said and "by plan, as if all were trained" in said
+    assert main(["train", str(path), "--dry-run", "--stages.0.freeze=[heed.*]"]) == 1
+    assert capsys.readouterr().err.startswith("unif2ace: stages[0].freeze[0]: no parameter is named like 'heed.*'")
     assert main(["train", str(path), "--dry-run", "--ranks=5"]) == 1
     assert capsys.readouterr().err.startswith("unif2ace: stages[0].data.batch: ")
 

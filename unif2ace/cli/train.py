@@ -7,10 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 
 from unif2ace.checkpoint import read_config as read_model_config
+from unif2ace.configs import UniF2aceConfig
 from unif2ace.errors import UserError
+from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.planning.activations import Step
 from unif2ace.planning.plan import GIB, Training, counts, memory, step_flops
 from unif2ace.settings import read_settings
@@ -67,23 +70,34 @@ def described(config: TrainConfig, ranks: int) -> list[str]:
     number = counts(model)
     lines = [
         yaml.safe_dump(plain(config), sort_keys=False),
-        f"{number.all:,} parameters that are trained: {number.blocks:,} in {model.num_hidden_layers} layers, "
+        f"{number.all:,} parameters: {number.blocks:,} in {model.num_hidden_layers} layers, "
         f"{number.embedding:,} embedding, {number.head:,} head, {number.apart:,} others",
         f"{config.steps:,} steps on {ranks} {'rank' if ranks == 1 else 'ranks'}",
     ]
-    for stage in config.stages:
-        planned = _planned(config, stage, ranks)
-        rows = stage.data.counts
+    for index, stage in enumerate(config.stages):
+        planned, trained = _planned(config, stage, ranks), _trained(model, stage, index)
+        rows, all_of = stage.data.counts, ", as if all were trained"
         parts = {part: each for part, each in memory(planned, ranks).parts.items() if each}
         lines += [
             "",
             f"{stage.name}: {stage.steps:,} steps of {stage.data.batch} rows "
             f"({', '.join(f'{count} {task}' for task, count in rows.items())}), learning rate {stage.lr:g}",
+            f"  {trained:,} parameters that are trained",
             f"  {step_flops(planned)[0] * ranks * config.parallel.micro / 1e12:,.3f} TFLOPs a step",
-            f"  {sum(parts.values()) / GIB:.3f} GiB a rank, by plan:",
+            f"  {sum(parts.values()) / GIB:.3f} GiB a rank, by plan{all_of * (trained < number.all)}:",
             *(f"    {each / GIB:8.3f}  {part}" for part, each in sorted(parts.items(), key=lambda item: -item[1])),
         ]
     return lines
+
+
+def _trained(model: UniF2aceConfig, stage: StageConfig, index: int) -> int:
+    """Parameters that the stage leaves unfrozen."""
+    from unif2ace.training.gradients import freeze
+
+    with torch.device("meta"):
+        parts = UniF2aceForConditionalGeneration(model.replace(image_tokenizer=None))
+    freeze(parts, stage.freeze, f"stages[{index}]")
+    return sum(each.numel() for each in parts.parameters() if each.requires_grad)
 
 
 def _planned(config: TrainConfig, stage: StageConfig, ranks: int) -> Training:

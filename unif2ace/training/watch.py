@@ -132,7 +132,9 @@ class Watch:
         self.event("resumed" if again else "started", start_step, total_steps=total_steps, **first)
         if again:
             undone = f", {dropped} lines of its log are left out" if dropped else ""
-            journal.tell(f"{folder} goes on with step {start_step} of {total_steps}{undone}")
+            left = start_step < total_steps
+            goes = f"goes on with step {start_step} of {total_steps}" if left else f"has all its {total_steps} steps"
+            journal.tell(f"{folder} {goes}{undone}")
 
     @property
     def failures(self) -> int:
