@@ -243,6 +243,7 @@ def test_runs_on_other_faces_are_not_compared():
         ({"token_moe": None}, "experts", "sequence level only"),
         ({"token_moe": None, "sequence_moe": None}, "experts", "no experts"),
         ({"sequence_moe": {"top_k": 3}}, "top-K", "sequence top-3"),
+        ({"token_moe": {"top_k": 1}}, "top-K", "token top-1"),
         ({"sequence_moe": {"clip": False}}, "features", "without CLIP slot"),
     ],
 )  # fmt: skip

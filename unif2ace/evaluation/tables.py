@@ -30,6 +30,8 @@ def variant(config: Mapping[str, Any]) -> tuple[str, str]:
     if token is None or sequence is None:
         left = [name for name, each in (("token", token), ("sequence", sequence)) if each is not None]
         parts.append(("experts", f"{left[0]} level only" if left else "no experts"))
+    if token is not None and token["top_k"] != 2:
+        parts.append(("top-K", f"token top-{token['top_k']}"))
     if sequence is not None:
         if sequence["top_k"] != 2:
             parts.append(("top-K", f"sequence top-{sequence['top_k']}"))
