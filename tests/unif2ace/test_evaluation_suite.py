@@ -30,7 +30,8 @@ def test_every_row_of_the_paper_s_suite_has_a_value_or_a_reason(checkpoint, tmp_
         row = rows[name]
         assert row.value is not None and row.low <= row.value <= row.high and not row.reason, name
     for name, says in {
-        "identity": "no encoder is named.*not sface", "vqascore": "--vlm.folder", "vlm_score": "--vlm.folder",
+        "identity": "--identity=arcface-mbf or antelopev2:FOLDER; sface is the model's own",
+        "vqascore": "--vlm.folder", "vlm_score": "--vlm.folder",
         "desc_gpt": "--judge_gpt.url", "conv_ds": "--judge_ds.url",
     }.items():  # fmt: skip
         assert rows[name].value is None and re.search(says, rows[name].reason), name

@@ -260,7 +260,8 @@ class Suite:
         own = self.work.checkpoint.processor.encoders.get("identity", "sface").partition(":")[0]
         wanted = self.config.identity
         if wanted is None:
-            raise Absent(f"no encoder is named: --identity=arcface-mbf, sface or antelopev2:FOLDER, but not {own}")
+            others = [each for each in ("arcface-mbf", "sface", "antelopev2:FOLDER") if each.partition(":")[0] != own]
+            raise Absent(f"no encoder is named: --identity={' or '.join(others)}; {own} is the model's own")
         if wanted.partition(":")[0] == own:
             raise Absent(f"{own} is what the model itself is given: a model is not measured by it; name another")
         done = self.work.journal("identity")
