@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unif2ace_kernels.moe import reference, route_torch
 
@@ -178,3 +179,17 @@ def check(
         assert torch.equal(by_ours.isfinite(), by_torch.isfinite())
         rounding = 2.0**-7 if case.dtype != torch.float32 else 2e-6
         torch.testing.assert_close(by_ours, by_torch, rtol=rounding, atol=2e-6, equal_nan=True)
+
+
+class ZerosMade(TorchDispatchMode):
+    """Elements of each tensor of zeros that torch makes meanwhile, such as gradients of outputs that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function.name() in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
+            self.sizes.append(made.numel())
+        return made

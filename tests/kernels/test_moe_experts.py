@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from route_cases import ZerosMade
 
 from unif2ace_kernels._library import explain, runnable
 from unif2ace_kernels.moe import experts, reference, route
@@ -206,6 +207,32 @@ def test_saves_x_h_and_routing_only():
     rows, width = len(routing.order), parameters[2].shape[1]
     weights = sum(each.numel() for each in (parameters[0], parameters[2], parameters[3]))
     assert sum(sizes) == x.numel() + rows * width + 2 * rows + len(routing.offsets) + weights
+
+
+def test_backward_is_handed_no_zeros_for_what_nothing_reads():
+    """h, the second output of the op, has no gradient; zeros in its place would be as large as h."""
+    x, routing, parameters = make(20)
+    y = experts(x.requires_grad_(), routing, *parameters, activation="gelu_tanh")
+    with ZerosMade() as made:
+        y.backward(torch.ones_like(y))
+        assert made.sizes == []
+        torch.zeros(3)
+    assert made.sizes == [3]  # it does see them
+
+
+def test_no_gradient_gives_none():
+    class Passed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x, routing, parameters = make(5)
+    Passed.apply(experts(x.requires_grad_(), routing, *parameters, activation="gelu_tanh")).backward()
+    assert x.grad is None
 
 
 def test_autocast_computes_in_bfloat16():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from route_cases import CASES, RouteCase, check
+from route_cases import CASES, RouteCase, ZerosMade, check
 
 from unif2ace_kernels import _library
 from unif2ace_kernels.moe import reference, route, route_torch
@@ -50,6 +50,7 @@ def test_values_and_gradients(option, dtype):
     tiny = 1e-12 if dtype == torch.float64 else 3e-6
     for name in ("weight", "frequency", "probability", "balance_loss", "z_loss"):
         assert getattr(got, name).dtype == torch.promote_types(dtype, torch.float32)
+        assert getattr(got, name).requires_grad == (name != "frequency")
         assert (getattr(got, name) - want[name]).abs().max() <= tiny, name
     rounding = (exact.grad.to(dtype).double() - exact.grad).abs().max()
     assert (ours.grad - exact.grad).abs().max() <= 2 * rounding + tiny
@@ -128,10 +129,9 @@ def test_few_tokens(tokens):
 
 def test_bias_selects_and_does_not_weigh():
     logits, group_ids = torch.tensor([[3.0, 2.0, 0.0, -1.0]]), torch.zeros(1).long()
-    routing = route(
-        logits, group_ids, (4,), 2, scoring="sigmoid", normalize=False, selection_bias=torch.tensor([0.0, 0, 0, 9])
-    )
-    assert routing.expert.tolist() == [[3, 0]]
+    bias = torch.tensor([0.0, 0, 0, 9], requires_grad=True)
+    routing = route(logits, group_ids, (4,), 2, scoring="sigmoid", normalize=False, selection_bias=bias)
+    assert routing.expert.tolist() == [[3, 0]] and not routing.weight.requires_grad
     torch.testing.assert_close(routing.weight, torch.tensor([[-1.0, 3.0]]).sigmoid())
 
 
@@ -208,6 +208,14 @@ def test_cpp_refuses_what_would_lead_out_of_bounds():
         native.moe_route_backward(*given, routing[1] + 5, routing[2], *options)
     with pytest.raises(RuntimeError, match="counts: expected contiguous int64"):
         native.moe_route_backward(*given, routing[1], routing[2][1:], *options)
+
+
+def test_backward_is_handed_no_zeros_for_what_nothing_reads():
+    logits, group_ids, _ = make(20)
+    weight = route(logits.requires_grad_(), group_ids, (3, 5), 2, balance_coef=0.1, z_coef=0.1).weight
+    with ZerosMade() as made:
+        weight.backward(weight.detach())
+    assert made.sizes == [] and (logits.grad != 0).any()
 
 
 def test_second_derivatives_are_refused():

@@ -142,10 +142,13 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, order, offsets, w_in, b_in, w_out, b_out, ctx.activation = inputs
     ctx.has_bias = b_in is not None, b_out is not None
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else backward would be handed zeros of the size of h
     ctx.save_for_backward(x, output[1], weight, order, offsets, w_in, w_out, b_out)
 
 
-def _experts_autograd(ctx: Any, grad_y: Tensor, _grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+def _experts_autograd(ctx: Any, grad_y: Tensor | None, _grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 9
     has_in, has_out = ctx.has_bias
     x, weight, w_in, b_in, w_out, b_out = experts_backward_op(grad_y, *ctx.saved_tensors, has_in, ctx.activation)
     return x, weight, None, None, w_in, b_in if has_in else None, w_out, b_out if has_out else None, None
