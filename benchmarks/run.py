@@ -259,7 +259,9 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     options = parser.parse_args(arguments)
     if cases is None:
-        from .cases import CASES as cases
+        from .cases import cases_of
+
+        cases = cases_of(options.op)
     chosen = select(cases, op=options.op, shape=options.shape, device=options.device, smoke=options.smoke)
     if options.list:
         for case in chosen:

@@ -174,7 +174,9 @@ def main(
     parser.add_argument("--list", action="store_true", help="list the knobs' cases and stop")
     options = parser.parse_args(arguments)
     if known is None:
-        from .cases import CASES as known
+        from .cases import cases_of
+
+        known = cases_of(options.knob)
     chosen = list(cases(options.knob, options.shape, options.device, known, knobs))
     if options.list:
         print("\n".join(case.name for case in chosen))

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import compare, measure, run
 from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error_against, relative_error, truth_of
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, cases_of, data, generation, model, transformers_experts
 from benchmarks.environment import ROOT, without_folders
 from benchmarks.measure import Spread, counted, interleaved, peak_and_saved_bytes, peak_bytes, rotated, saved_bytes
 
@@ -418,3 +418,13 @@ def test_compare_refuses_other_devices_and_empty_files(tmp_path: Path, capsys) -
         with pytest.raises(SystemExit) as stopped:
             compared(tmp_path, old, new)
         assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_cases_of_an_op_are_all_there_and_a_kernels_are_had_without_the_model() -> None:
+    everything = [*CASES, *model.CASES, *generation.CASES, *transformers_experts.CASES, *data.CASES]
+    for op in {"", "m", "sampling", "data", *(case.op for case in everything)}:
+        wanted = {case.name for case in everything if case.op.startswith(op)}
+        assert {case.name for case in cases_of(op) if case.op.startswith(op)} == wanted
+    code = "import sys; from benchmarks.cases import cases_of; cases_of('moe'); print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
