@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks import gpu, measure, parts, plain, profiles, results
 from benchmarks.cases import model as cases
@@ -71,21 +72,29 @@ class _Large(nn.Linear):
 
 
 def test_each_second_lands_at_its_part():
+    """Were each event of the profile a second: eight layers have eight times one layer's, and none counts twice."""
     small, large = _Small(256, 256), _Large(256, 256)
     x = torch.randn(512, 256)
+    events: list[FunctionEvent] = []
 
     def run():
         (small(x).relu() + large(x)).sum().backward()
         return []
 
-    run()
-    began = time.perf_counter()
-    found = parts.shares(run, {"small": [(_Small, "forward")], "large": [(_Large, "forward")]})
-    took = time.perf_counter() - began
+    def counted(seen):
+        events.extend(seen)
+        return by_part(seen)
+
+    by_part = parts.by_part
+    with (
+        mock.patch.object(parts, "by_part", counted),
+        mock.patch.object(FunctionEvent, "self_cpu_time_total", new_callable=mock.PropertyMock, return_value=1e6),
+    ):
+        found = parts.shares(run, {"small": [(_Small, "forward")], "large": [(_Large, "forward")]})
     assert set(found) == {"small", "large", parts.OTHER}
-    for direction in (0, 1):
-        assert found["large"][direction] > 2 * found["small"][direction] > 0
-    assert sum(map(sum, found.values())) < took
+    assert found["large"][0] - 1 == 8 * (found["small"][0] - 1) > 0  # a mark each
+    assert found["large"][1] > 7 * found["small"][1] > 0  # the input needs no gradient, what is between layers does
+    assert sum(map(sum, found.values())) == len(events)
     assert _Small.forward is nn.Linear.forward
 
 

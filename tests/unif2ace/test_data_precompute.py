@@ -279,8 +279,9 @@ def test_an_image_tokenizer_that_is_not_there(tokenizer, tmp_path):
 def test_ctrl_c_in_the_command_leaves_what_is_done(raw, undisturbed, tmp_path):
     """A real Ctrl-C to a real process."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import quick; from pathlib import Path;"
+        "import signal, sys; sys.path.insert(0, sys.argv[1]); import quick; from pathlib import Path;"
         "from unif2ace.data.precompute import precompute;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored where the tests run in the background
         "precompute(quick.job(Path(sys.argv[2]), Path(sys.argv[3]), quick.QuickEncoding(seconds=0.05)), progress=False)"
     )
     out = tmp_path / "out"

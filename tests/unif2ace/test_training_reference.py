@@ -120,7 +120,7 @@ def test_eight_samples_are_learned_by_heart(tmp_path):
     values = runs.prepare(tmp_path, samples=8)
     values["data"] |= {"batch": 32, "mix": {"t2i": 16, "mmu": 16}, "guidance_dropout": 0.0}
     values["stages"] = [{"name": "only", "steps": 400, "lr": 5e-3, "warmup": 20}]
-    last = runs.train(runs.write(values, tmp_path / "config.json"))[-10:]
+    last = runs.train(runs.write(values, tmp_path / "config.json"), timeout=1200)[-10:]
     terms = {name: np.mean([record["terms"][name] for record in last]) for name in ("mask", "mmu")}
     assert terms["mask"] < 0.1 and terms["mmu"] < 0.1, json.dumps(terms)
     assert np.mean([record["terms"]["mask_accuracy"] for record in last]) > 0.97

@@ -172,10 +172,12 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str, hook: str
     sys.exit(main(["train", *arguments]))
 
 
-def train(config: Path, *given: str, ranks: int = 1, hook: str | None = None) -> list[dict[str, Any]]:
+def train(
+    config: Path, *given: str, ranks: int = 1, hook: str | None = None, timeout: float = 300.0
+) -> list[dict[str, Any]]:
     """A run to its end; its steps' records."""
     with Ranks(config, *given, ranks=ranks, hook=hook) as processes:
-        codes = processes.wait()
+        codes = processes.wait(timeout)
         assert codes == [0] * ranks, f"{codes}: {processes.said[-2000:]}"
     return records(folder_of(config, *given))
 
