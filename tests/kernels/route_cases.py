@@ -75,6 +75,7 @@ CASES = [
     RouteCase("many blocks", tokens=300, sizes=(7, 6), top_k=3),
     RouteCase("many columns", tokens=33, sizes=(33, 70), top_k=4, shared=2),
     RouteCase("every expert", sizes=(5, 5), top_k=5),
+    RouteCase("16 experts", tokens=9, sizes=(8, 8), shared=0),  # a power of two: one offset more than fits it
     RouteCase("one group", tokens=150, sizes=(12,), top_k=1, shared=0),
     RouteCase("many groups", sizes=(1, 3, 2, 9, 4, 1, 6), top_k=1, shared=1),
     RouteCase("top 16", sizes=(24, 17), top_k=16, shared=0, z_coef=0.0),
