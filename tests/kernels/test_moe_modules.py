@@ -35,6 +35,14 @@ def test_against_the_reference(shared_width):
     torch.testing.assert_close(routing.balance_loss.double(), want["balance_loss"], atol=1e-7, rtol=1e-5)
 
 
+def test_starts_small_and_even():
+    layer = GroupedMoE(64, 32, 8, top_k=2, shared_width=32)
+    assert layer.router_weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for weight, inputs in ((layer.experts_w_in, 64), (layer.experts_w_out, 32)):
+        assert 0.99 < weight.abs().max() * inputs**0.5 <= 1
+    assert (layer.experts_b_in == 0).all() and (layer.experts_b_out == 0).all()
+
+
 def test_every_parameter_learns_and_is_named():
     layer, x, groups = make(shared_width=16)
     y, routing = layer(x, groups)
