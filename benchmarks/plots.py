@@ -243,8 +243,25 @@ def scaling(device: Device) -> Figure:
     return figure
 
 
+def training(device: Device) -> Figure:
+    """A profiled step of rank 0 a variant: when it computes, when collectives are under way."""
+    records = [each for each in device.others["training"] if each["processes"] > 1]
+    figure = Figure(figsize=(9.6, 0.75 * len(records) + 1.1), layout="constrained")
+    ax = figure.subplots()
+    for row, record in enumerate(records):
+        for height, kind, colour in ((-0.17, "computing", OURS), (0.17, "exchanging", PEER)):
+            spans = [(start, end - start) for start, end in record["timeline_ms"][kind]]
+            ax.broken_barh(spans, (row + height - 0.14, 0.28), color=colour, label=None if row else kind)
+    _label_rows(ax, [f"{each['variant'].removeprefix('two, ')}\n{each['hidden']:.0%} hidden" for each in records])
+    ax.set_xlabel("milliseconds of a profiled step, which takes longer than others")
+    ax.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    ax.set_title("Two processes, rank 0")
+    return figure
+
+
 DRAWN: dict[str, Callable[[Device], Figure]] = {
     "ratio": ratio, "time": time, "floor": floor, "roofline": roofline, "memory": memory, "scaling": scaling,
+    "training": training,
 }  # fmt: skip
 
 

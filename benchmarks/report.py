@@ -21,7 +21,7 @@ from .results import Device, Record, Result, devices, exponent, geometric_mean
 
 PAGES = Path("docs") / "results"
 README, BENCHMARKS = Path("README.md"), Path("benchmarks") / "README.md"
-PICTURES = ("ratio", "time", "floor", "roofline", "memory", "scaling")
+PICTURES = ("ratio", "time", "floor", "roofline", "memory", "scaling", "training")
 OTHER_TITLES = {
     "dispatch": "What expert parallelism sends over two processes (`python -m benchmarks.dispatch`)",
     "plan": "Memory as planned and as measured (`python -m benchmarks.planned`)",
@@ -173,6 +173,25 @@ def ceilings(device: Device) -> str:
     )
 
 
+def training(records: Sequence[Record]) -> str:
+    """A row a variant of benchmarks.training, and what the profiles say."""
+    rows = []
+    for each in records:
+        least = f" ({each['bytes'] / each['bytes_least']:.2f} of the least)" if each["bytes_least"] else ""
+        rows.append(
+            [each["variant"], _ms(each["step_ms"]), f"{each['tokens_per_second']:,.0f}", f"{each['efficiency']:.2f}",
+             f"{each['bytes'] / 1e6:.1f}{least}", _ms(each["exchanging_ms"]),
+             f"{each['hidden']:.0%}" if each["processes"] > 1 else ""]
+        )  # fmt: skip
+    head = ["processes", "step, ms", "tokens/s", "efficiency", "received, MB", "exchanging, ms", "behind computing"]
+    words = (
+        f"Medians of {records[0]['rounds']} runs of {records[0]['steps']} steps, a thread a process. Efficiency: one "
+        "process's time over that of two, halved. Exchanging: how long collectives are under way in a profiled step, "
+        "waiting for the other process included; behind computing: the share of it in which rank 0 computes."
+    )
+    return f"{words}\n\n{table(head, rows)}"
+
+
 def sources(device: Device) -> str:
     """The result files, and how each was made."""
     titles = {**{suite.name: suite.title for suite in SUITES}, **OTHER_TITLES}
@@ -217,6 +236,9 @@ def device_page(device: Device) -> str:
     if device.series:
         parts += ["## How cost grows", growth_in_words(device), growth(device),
                   _picture(device, "scaling", "time along every axis")]  # fmt: skip
+    if records := device.others.get("training"):
+        parts += [f"## {OTHER_TITLES['training']}", training(records),
+                  _picture(device, "training", "what computes and what is exchanged in a step")]  # fmt: skip
     parts.append("## Every case")
     for name, results in device.files.items():
         plain = [result for result in results if result.measured and not result.axis and not result.is_sweep]
@@ -287,6 +309,7 @@ def drawn_from(device: Device) -> str:
 def names_of_pictures(device: Device) -> list[str]:
     wanted: dict[str, Callable[[Device], object]] = {name: by_op for name in PICTURES}
     wanted["scaling"] = lambda device: device.series
+    wanted["training"] = lambda device: device.others.get("training")
     return [name for name in PICTURES if wanted[name](device)]
 
 

@@ -6,13 +6,15 @@ Every process has one thread; the step's rows are the same in all, so two have h
 ratios are of neighbours. Bytes are what a rank receives of the others' in the collectives of a step, counted where
 they are called. The least is what sharded training cannot do without: each layer's weights gathered for the forward
 and again for the backward, since they are let go between, the others' once; each gradient summed into its shard. Where
-experts are spread, what tokens send hangs on the routing (dispatch.py). Exchanged is the share of a step that the
-thread that computes spends inside collectives: on a CPU they are not hidden behind anything.
+experts are spread, what tokens send hangs on the routing (dispatch.py). One more step is profiled: how long collectives
+are under way, waiting for the other process included, and the share of that in which rank 0 computes. "Nothing ahead"
+asks for a layer's weights when the layer begins, as FSDP2 does by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,25 +24,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.configs import UniF2aceConfig, VocabularyConfig
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.training import engine, feed, stage
 from unif2ace.training.config import read_config
+from unif2ace.training.profile import Spans, Timeline, length, path_of, union
 
 from .cases.data import Rows
 from .environment import describe, without_folders
 
 WARM = 3  # steps before the first that counts
-VARIANTS = {"one process": (1, 1), "two, sharded": (2, 1), "two, experts spread": (2, 2)}
+JOINED = 1e-3  # seconds between what a picture shows as one
+OURS, NOT_AHEAD = "two, sharded", "two, sharded, nothing ahead"
+VARIANTS = {"one process": (1, 1), NOT_AHEAD: (2, 1), OURS: (2, 1), "two, experts spread": (2, 2)}  # processes, experts
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "D512": {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
@@ -61,19 +66,16 @@ def _received(name: str, *arguments: Any, **options: Any) -> float:
     return whole.nbytes - part.nbytes
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted() -> Iterator[dict[str, float]]:
-    """Bytes received and seconds inside the collectives of tensors, and how many there were."""
-    told = {"bytes": 0.0, "seconds": 0.0, "calls": 0.0}
+    """Bytes received in the collectives of tensors, and how many there were."""
+    told = {"bytes": 0.0, "calls": 0.0}
 
     def counting(name: str, real: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            done = real(*arguments, **options)
-            told["seconds"] += time.perf_counter() - began
             told["calls"] += 1
             told["bytes"] += _received(name, *arguments, **options)
-            return done
+            return real(*arguments, **options)
 
         return call
 
@@ -97,12 +99,12 @@ def prepare(root: Path, size: str, steps: int) -> tuple[Rows, dict[str, Any]]:
     data = dataclasses.asdict(rows.data) | {"sets": [{"path": str(rows.root)}]}
     return rows, {
         "checkpoint": str(root / "start"), "data": data,
-        "stages": [{"name": "measured", "steps": steps, "lr": 1e-4}],
-        "save": {"every": 10**6, "minutes": 0}, "watch": {"progress": False, "every": 10**6},
+        "stages": [{"name": "measured", "steps": steps, "lr": 1e-4}], "save": {"every": 10**6, "minutes": 0},
+        "watch": {"progress": False, "every": 10**6, "profile": [steps - 1]},
     }  # fmt: skip
 
 
-def _work(rank: int, port: int, ranks: int, values: dict[str, Any], out: str) -> None:
+def _work(rank: int, port: int, ranks: int, values: dict[str, Any], ahead: bool, out: str) -> None:
     at = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in at.items()})
     steps: list[dict[str, float]] = []
@@ -118,14 +120,18 @@ def _work(rank: int, port: int, ranks: int, values: dict[str, Any], out: str) ->
         steps.append(told | {"tokens": work.tokens, "layers": layers, "root": sum(sizes.values()) - layers})
         return done
 
-    with mock.patch.object(stage.Stage, "step", measured), mock.patch.object(engine, "export"):
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(stage.Stage, "step", measured))
+        patches.enter_context(mock.patch.object(engine, "export"))
+        for name in () if ahead else ("set_modules_to_forward_prefetch", "_set_unshard_async_op"):
+            patches.enter_context(mock.patch.object(FSDPModule, name))
         engine.train(read_config(values))
     if rank == 0:
-        Path(out).write_text(json.dumps(steps[WARM:]))
+        Path(out).write_text(json.dumps(steps[WARM:-1]))  # the last is profiled
 
 
-def run(root: Path, values: dict[str, Any], name: str) -> dict[str, float]:
-    """Medians over a run's steps."""
+def run(root: Path, values: dict[str, Any], name: str) -> tuple[dict[str, float], Timeline]:
+    """Medians over a run's steps, and a step of rank 0."""
     ranks, experts = VARIANTS[name]
     folder = Path(tempfile.mkdtemp(dir=root))
     parallel = {"device": "cpu", "precision": "float32", "threads": 1, "experts": experts}
@@ -133,23 +139,27 @@ def run(root: Path, values: dict[str, Any], name: str) -> dict[str, float]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_work, (port, ranks, values, str(folder / "steps.json")), nprocs=ranks)
+    given = (port, ranks, values, name != NOT_AHEAD, str(folder / "steps.json"))
+    torch.multiprocessing.spawn(_work, given, nprocs=ranks)
     steps = json.loads((folder / "steps.json").read_text())
-    return {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+    (profiled,) = values["watch"]["profile"]
+    timeline = Timeline.read(path_of(folder, profiled, 0))
+    return {key: statistics.median(step[key] for step in steps) for key in steps[0]}, timeline
 
 
 def compare(size: str, steps: int, rounds: int) -> list[dict[str, Any]]:
     """A record a variant; efficiency is one process's time over that of so many, times their number."""
     with tempfile.TemporaryDirectory() as folder:
-        held, values = prepare(Path(folder), size, steps + WARM)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        held, values = prepare(Path(folder), size, WARM + steps + 1)
+        found: dict[str, list[tuple[dict[str, float], Timeline]]] = {name: [] for name in VARIANTS}
         for _ in range(rounds):
             for name, each in found.items():
                 each.append(run(Path(folder), values, name))
         del held
-    alone, records = found["one process"], []
-    for name, runs in found.items():
-        (ranks, experts), one = VARIANTS[name], runs[0]
+    alone, records = [each for each, _ in found["one process"]], []
+    for name, measured in found.items():
+        (ranks, experts), runs, timelines = VARIANTS[name], *map(list, zip(*measured))
+        one, middle = runs[0], sorted(timelines, key=lambda each: each.hidden)[len(timelines) // 2]
         least = (ranks - 1) / ranks * (3 * one["layers"] + 2 * one["root"]) if experts == 1 else None
         records.append({
             "op": "training", "size": size, "variant": name, "processes": ranks, "rounds": rounds, "steps": steps,
@@ -157,9 +167,17 @@ def compare(size: str, steps: int, rounds: int) -> list[dict[str, Any]]:
             "tokens_per_second": statistics.median(each["tokens"] / each["step"] for each in runs),
             "efficiency": statistics.median(a["step"] / b["step"] / ranks for a, b in zip(alone, runs)),
             "bytes": one["bytes"], "bytes_least": least, "collectives": one["calls"],
-            "exchanged": statistics.median(each["seconds"] / each["step"] for each in runs),
+            "exchanging_ms": 1e3 * statistics.median(length(each.exchanging) for each in timelines),
+            "hidden": statistics.median(each.hidden for each in timelines),
+            "timeline_ms": {"computing": _drawn(middle.computing), "exchanging": _drawn(middle.exchanging)},
         })  # fmt: skip
     return records
+
+
+def _drawn(spans: Spans) -> list[list[float]]:
+    """As fine as a picture of it, in milliseconds."""
+    wider = union((start - JOINED / 2, end + JOINED / 2) for start, end in spans)
+    return [[round(1e3 * (start + JOINED / 2), 2), round(1e3 * (end - JOINED / 2), 2)] for start, end in wider]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,8 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in records:
         of_least = f" ({each['bytes'] / each['bytes_least']:.2f} of the least)" if each["bytes_least"] else ""
         print(
-            f"{each['size']:<5} {each['variant']:<20} {each['step_ms']:8.1f} ms   efficiency {each['efficiency']:.2f}"
-            f"   exchanged {each['exchanged']:4.0%}   {each['bytes'] / 1e6:7.2f} MB{of_least}"
+            f"{each['size']:<5} {each['variant']:<28} {each['step_ms']:8.1f} ms   efficiency {each['efficiency']:.2f}"
+            f"   {each['bytes'] / 1e6:7.2f} MB{of_least}   {each['exchanging_ms']:.0f} ms under way, "
+            f"{each['hidden']:.0%} of it behind computing"
         )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

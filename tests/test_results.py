@@ -42,6 +42,14 @@ def device(tmp_path) -> Device:
         {"op": "ceilings", "copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 2e11, "bfloat16": 3e11}},
     ]  # fmt: skip
     (folder / "plan.jsonl").write_text(json.dumps({**record("plan", "ours", 1.0, 1.0), "peak": 5}))
+    step = {"rounds": 2, "steps": 6, "step_ms": 120.0, "tokens_per_second": 4321.0, "bytes": 3e6, "exchanging_ms": 30.0}
+    line = {"computing": [[0.0, 80.0], [90.0, 120.0]], "exchanging": [[70.0, 100.0]]}
+    told = [
+        {**step, "variant": "one process", "processes": 1, "bytes_least": 0.0, "efficiency": 1.0, "hidden": 1.0},
+        {**step, "variant": "two, sharded", "processes": 2, "bytes_least": 2e6, "efficiency": 0.8, "hidden": 0.67},
+    ]
+    told = [record("training", "", 0.0, 0.0) | each | {"timeline_ms": line} for each in told]
+    (folder / "training.jsonl").write_text("\n".join(map(json.dumps, told)))
     (folder / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return load(folder)
 
@@ -57,6 +65,13 @@ def test_the_best_peer_gives_the_same_and_is_not_ours(device) -> None:
     assert rows[0].startswith("| `toy.a` | forward | 1 | 1.50 | 1.50 | 1.50 | 50 % | quick at demo |")
     assert "| absent | missing | not here | 1 |" in report.absences(device)
     assert "plan.jsonl" in report.sources(device) and "plan" not in device.files
+
+
+def test_a_step_over_processes_is_told(device) -> None:
+    page = report.device_page(device)
+    assert "| two, sharded | 120 | 4,321 | 0.80 | 3.0 (1.50 of the least) | 30 | 67% |" in page
+    assert "| one process | 120 | 4,321 | 1.00 | 3.0 | 30 |  |" in page
+    assert "(toy-training.svg)" in page and "training" in report.names_of_pictures(device)
 
 
 def test_series_are_fitted_in_order_and_are_no_results(device) -> None:
