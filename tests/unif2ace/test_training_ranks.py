@@ -44,9 +44,13 @@ def test_ranks_compute_what_one_does(prepared, alone, name, ranks, parallel):
     stages = [{"name": "joint", "steps": 20, "lr": 1e-3, "warmup": 2}]
     own, after = steps(prepared, name, ranks, parallel=parallel, stages=stages)
     expected, weights = alone
-    assert len(own) == len(expected) == 20
+    assert len(own) == 20
     assert {record["rows"]["lm"] for record in own} == {1}  # a row that one rank alone has
-    for ours, theirs in zip(own, expected):
+    assert_same(own, after, expected, weights)
+
+
+def assert_same(own, after, expected, weights):
+    for ours, theirs in zip(own, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS)
         assert ours["terms"] == pytest.approx(theirs["terms"], rel=20 * LOSS, abs=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
@@ -67,6 +71,14 @@ def test_sharding_over_one_rank_changes_nothing(tmp_path, precision):
     sharded = runs.train(config, f"--run={tmp_path / 'sharded'}", hook="training_hooks:sharded_alone")
     for ours, theirs in zip(sharded, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS if precision == "float32" else 0.02)
+
+
+@pytest.mark.slow
+def test_copies_of_experts_take_every_part_of_a_step(prepared):
+    """Sums over copies are exchanged once a step, of all of its micro-batches."""
+    stages = [{"name": "joint", "steps": 6, "lr": 1e-3, "warmup": 2}]
+    own, after = steps(prepared, "spread parts", 4, parallel={"experts": 2, "micro": 1}, stages=stages)
+    assert_same(own, after, *steps(prepared, "whole parts", 4, parallel={"micro": 1}, stages=stages))
 
 
 def test_parts_of_a_step_add_up_to_it(prepared, alone):
