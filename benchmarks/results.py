@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 _CASE = ("op", "shape", "dtype", "mode")
 # Records of other kinds: what a device can, and those of planned.py, profiles.py, dispatch.py, training.py and others.
-_NO_CASES = ("ceilings", "plan", "profile", "dispatch", "training", "ablation")
+_NO_CASES = ("ceilings", "plan", "profile", "dispatch", "training", "ablation", "attributes", "dataset")
 
 
 @dataclass(frozen=True)
