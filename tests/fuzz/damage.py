@@ -86,7 +86,7 @@ def strange_json(draw: Callable, value: Any) -> bytes:
                 continue
             kind = draw(st.sampled_from(["value", "value", "value", "gone", "more"]))
             if kind == "value":
-                holder[key] = draw(st.sampled_from(STRANGE))
+                holder[key] = copy.deepcopy(draw(st.sampled_from(STRANGE)))  # it may be made stranger
             elif kind == "gone" and isinstance(holder, dict):
                 del holder[key]
             elif isinstance(holder, dict):
