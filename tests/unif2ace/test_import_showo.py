@@ -289,6 +289,13 @@ def test_a_missing_shard_and_a_wrong_one_are_named(tmp_path, capsys):
     assert command(folder, tmp_path / "out") == 0
 
 
+def test_a_shard_whose_name_no_file_can_have_is_lacking(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a" * 5000 + ".safetensors"}}))
+    with pytest.raises(UserError, match="lacks a+"):
+        Weights(index)
+
+
 def sums(folder) -> list[str]:
     return [f"{each.name}={hashlib.sha256(each.read_bytes()).hexdigest()}" for each in folder.glob("*.safetensors")]
 

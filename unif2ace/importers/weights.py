@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -159,7 +160,7 @@ def _files(path: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, Path]]
             f"{path.parent / pickles[0]} is a pickle, which can hold more than numbers: give --allow-pickle if you "
             "trust it (only tensors are read), or a .safetensors file"
         )
-    lost = [each.name for each in files if not each.is_file()]
+    lost = [each.name for each in files if not os.path.isfile(each)]  # Path's raises for a name that is too long
     if lost:
         raise UserError(f"{path.parent} lacks {', '.join(lost[:SHOWN])}, which {path.name} names: copy all shards")
     return files, index
