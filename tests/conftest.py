@@ -16,6 +16,12 @@ if importlib.util.find_spec("unif2ace_kernels") is None:  # not installed: test 
     sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """For fixtures of modules too, which are made before a test's own: sums over two threads are rounded otherwise."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """One thread and fixed seeds, so that a test's result hangs on nothing else."""
