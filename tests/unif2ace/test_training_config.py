@@ -164,6 +164,23 @@ def test_a_state_becomes_a_checkpoint(prepared, capsys):
     assert "name the folder of a run" in capsys.readouterr().err
 
 
+def test_what_is_exported_is_not_exported_again(prepared):
+    """What was added to RUN/checkpoint stays; what is of another state, or of other weights, gives way."""
+    folder, values = prepared
+    run = folder / "twice"
+    save = {"every": 2, "minutes": 0, "keep": 3}
+    config = runs.write(values | {"run": str(run), "ema": 0.5, "save": save}, folder / "twice.json")
+    runs.train(config)
+    (run / "checkpoint" / "notes.txt").write_text("mine")
+    last = runs.weights(run)
+    runs.train(config)
+    assert (run / "checkpoint" / "notes.txt").read_text() == "mine"
+    for given, same in ((["--step=4"], True), ([], False)):  # the second time the average is asked for no more
+        assert main(["export", str(run), *given]) == 0
+        runs.train(config, *([] if same else ["--ema=0"]))
+        assert all(each.equal(last[name]) for name, each in runs.weights(run).items()) == same
+
+
 def test_what_a_state_lacks_is_told_by_the_key_that_asks_for_it(prepared):
     """Not as damage, with the advice to remove the state."""
     folder, values = prepared

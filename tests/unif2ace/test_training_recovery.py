@@ -11,9 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import training_runs as runs
 import yaml
 
+from unif2ace.checkpoint import Checkpoint
+from unif2ace.errors import UserError
 from unif2ace.training import states
 
 STEPS = 24
@@ -275,6 +278,31 @@ def test_two_at_once_are_one(prepared):
             assert second.said == f"unif2ace: {run} is held by another process that writes to it\n"
         assert going.wait(0.0) == [None]
     assert len(runs.events(run, "started")) == 1 and not runs.events(run, "resumed")
+
+
+def test_a_state_that_is_read_is_not_let_go(prepared):
+    """An export takes longer than the training beside it takes to write the states that push it out."""
+    folder, config = prepared
+    run = folder / "read"
+    given = [f"--run={run}", "--stages.0.steps=500", "--save.keep=1", "--save.wait=true"]
+
+    def others(step: int, count: int) -> None:
+        while len([each for each in runs.events(run, "state_saved") if each["step"] > step]) < count:
+            assert going.wait(0.05) == [None], going.said
+
+    with runs.Ranks(config, *given, hook="training_hooks:slow_steps") as going:
+        while not states.listed(run / "states"):
+            assert going.wait(0.05) == [None], going.said
+        with states.reading(run / "states") as state:
+            others(states.number(state), 3)
+            held = {"model.norm.weight": torch.zeros_like(Checkpoint.load(folder / "start").model.norm.weight)}
+            states.load(state, held)
+            assert held["model.norm.weight"].count_nonzero()
+            assert len(states.listed(run / "states")) == 2 and states.listed(run / "states")[0] == state
+        others(states.number(states.listed(run / "states")[-1]), 2)
+        assert not state.exists()
+    with pytest.raises(UserError, match=f"has no state before step {states.number(state)}; there are: "):
+        states.reading(run / "states", states.number(state)).__enter__()
 
 
 def test_what_changed_is_told_and_what_is_refused_is_not_taken(prepared):

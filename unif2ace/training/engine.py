@@ -20,7 +20,7 @@ from unif2ace.errors import UserError
 from unif2ace.files import alone_in, replacing, write_json
 from unif2ace.training import samples, states
 from unif2ace.training.config import TrainConfig, changes, plain
-from unif2ace.training.export import export
+from unif2ace.training.export import export, exported
 from unif2ace.training.feed import Work, feed
 from unif2ace.training.journal import tell
 from unif2ace.training.profile import path_of, profiled
@@ -47,7 +47,7 @@ class Stopped(Exception):
 
 
 def train(config: TrainConfig) -> None:
-    """Run every stage that the run's folder does not hold yet, then export the model to RUN/checkpoint.
+    """Run every stage that the run's folder does not hold yet, then export what RUN/checkpoint is not of yet.
 
     Under torchrun every rank calls this.
 
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> None:
         step = run.start(stack)
         while step < config.steps:
             step = run.stage(config.stage_at(step)[0])
-        if world.rank == 0:
+        if world.rank == 0 and run.state is not None and not exported(config, run.state):
             export(config, run.saved.folder)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
+from unif2ace.files import digest, read_json, write_json
 from unif2ace.training import states
 from unif2ace.training.config import TrainConfig
 
 FOLDER = "checkpoint"
+ORIGIN = "training.json"  # in a checkpoint: the state that it is of
 
 
 def export(config: TrainConfig, folder: Path, step: int | None = None, out: Path | None = None) -> Path:
@@ -24,20 +27,32 @@ def export(config: TrainConfig, folder: Path, step: int | None = None, out: Path
     Raises:
         UserError: there is no such state, or it cannot be read or written.
     """
-    found = {states.number(each): each for each in states.listed(folder)}
-    if not found or (step is not None and step not in found):
-        there = ", ".join(map(str, found)) or "none"
-        raise UserError(f"{folder} has no state {'' if step is None else f'before step {step}'}; there are: {there}")
-    state = found[max(found) if step is None else step]
-    checkpoint = Checkpoint.load(Path(config.checkpoint))
-    model = checkpoint.model.float()
-    kind = "ema" if config.ema else "model"
-    tensors = {
-        f"{kind}.{name}": torch.empty_like(each)
-        for name, each in model.named_parameters() if not name.startswith("image_tokenizer.")
-    }  # fmt: skip
-    states.load(state, tensors)
+    with states.reading(folder, step) as state:
+        checkpoint = Checkpoint.load(Path(config.checkpoint))
+        model = checkpoint.model.float()
+        kind = "ema" if config.ema else "model"
+        tensors = {
+            f"{kind}.{name}": torch.empty_like(each)
+            for name, each in model.named_parameters() if not name.startswith("image_tokenizer.")
+        }  # fmt: skip
+        states.load(state, tensors)
+        origin = _origin(config, state)
     model.load_state_dict({name.removeprefix(f"{kind}."): each for name, each in tensors.items()}, strict=False)
     out = config.folder / FOLDER if out is None else out
     checkpoint.save(out)
+    write_json(out / ORIGIN, origin)
     return out
+
+
+def exported(config: TrainConfig, state: Path) -> bool:
+    """Whether RUN/checkpoint is of this state already."""
+    path = config.folder / FOLDER / ORIGIN
+    try:
+        return path.exists() and read_json(path) == _origin(config, state)
+    except UserError:  # what cannot be read is written again
+        return False
+
+
+def _origin(config: TrainConfig, state: Path) -> dict[str, Any]:
+    weights = "average" if config.ema else "trained"
+    return {"step": states.number(state), "weights": weights, "state": digest((state / states.RUN).read_bytes())}

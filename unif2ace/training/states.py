@@ -1,7 +1,8 @@
 """States that a run goes on from: PyTorch's distributed checkpoints, whole or not there.
 
     states/step-00000100/             a rank's shards, their index, run.json: what is not a tensor
-    states/.step-00000200.partial/    being written, or left by a run that was killed: removed when the run goes on
+    states/.step-00000200.partial/    being written or removed, or left so by a run that was killed: it goes when the
+                                      run goes on
 
 A state is copied when it is taken and written beside the training. It becomes one by a rename, after every rank's part
 is on the disk. Tensors are stored by name and place in the whole, so that any number of ranks can read them.
@@ -9,14 +10,16 @@ is on the disk. Tensors are stored by name and place in the whole, so that any n
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import distributed as dist
@@ -44,6 +47,55 @@ def number(state: Path) -> int:
 def listed(folder: Path) -> list[Path]:
     """States of a run, the oldest first."""
     return sorted(each for each in folder.glob("step-*") if (each / RUN).is_file())
+
+
+@contextlib.contextmanager
+def reading(folder: Path, step: int | None = None) -> Iterator[Path]:
+    """The state before `step`, or the newest one; a training that goes on beside does not let it go meanwhile.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    held: BinaryIO | None = None
+    while held is None:  # again where it was let go since it was listed
+        found = {number(each): each for each in listed(folder)}
+        if not found or (step is not None and step not in found):
+            there, which = ", ".join(map(str, found)) or "none", "" if step is None else f"before step {step}"
+            raise UserError(f"{folder} has no state {which}; there are: {there}")
+        state = found[max(found) if step is None else step]
+        held = _hold(state)
+    with held:
+        yield state
+
+
+def _hold(state: Path) -> BinaryIO | None:
+    """Its run.json, open and locked; None where there is none any more."""
+    try:
+        held = (state / RUN).open("rb")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {state / RUN}: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # of a file system that knows no locks
+        fcntl.flock(held, fcntl.LOCK_SH)
+    if (state / RUN).is_file():
+        return held
+    held.close()
+    return None
+
+
+def let_go(state: Path) -> None:
+    """Remove a state; one that is being read stays, until the next time that states are let go."""
+    aside = state.with_name(f".{state.name}.old.partial")
+    with contextlib.suppress(OSError), (state / RUN).open("r+b") as held:  # what cannot be removed stays
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # a file system that knows no locks
+            pass
+        state.rename(aside)  # at once: a run that is killed leaves none in half
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class States:
@@ -145,7 +197,7 @@ class States:
         keep = self.config.keep_every
         for old in listed(self.folder)[: -self.config.keep]:
             if not keep or number(old) % keep:
-                shutil.rmtree(old, ignore_errors=True)
+                let_go(old)
 
     def _fail(self, error: BaseException) -> None:
         self.failed += 1
