@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from toy_source import eight, picture, save, stand_ins  # noqa: F401
 
-from unif2ace.curation.config import (
-    FacesConfig,
-)
-from unif2ace.curation.faces import check_faces, picture_files, quality, repeated
+from unif2ace.curation import faces as module
+from unif2ace.curation.config import FacesConfig, ImagesConfig
+from unif2ace.curation.faces import check_faces, picture_files, picture_folder, quality, repeated
+from unif2ace.data.dataset import FaceSet
 
 
 @pytest.fixture
@@ -53,11 +53,9 @@ def test_face_checks_and_their_reasons(pictures, tmp_path, capsys):
 
 @pytest.mark.usefixtures("stand_ins")
 def test_face_checks_go_on_after_a_kill(pictures, tmp_path, monkeypatch):
-    from unif2ace.curation import faces
-
-    monkeypatch.setattr(faces, "_CHUNK", 3)
+    monkeypatch.setattr(module, "_CHUNK", 3)
     files, work, looked = picture_files(pictures, 0), tmp_path / "work", []
-    quiet = faces.quality
+    quiet = module.quality
 
     def counted(face):
         looked.append(1)
@@ -65,7 +63,7 @@ def test_face_checks_go_on_after_a_kill(pictures, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return quiet(face)
 
-    monkeypatch.setattr(faces, "quality", counted)
+    monkeypatch.setattr(module, "quality", counted)
     with pytest.raises(KeyboardInterrupt):
         check_faces(pictures, files, FacesConfig(), work)
     (kept,) = work.glob("*.npz")
@@ -91,3 +89,22 @@ def test_quality_of_a_face():
     sharp, soft = picture(True, True, 0), cv2.GaussianBlur(picture(True, True, 0), (0, 0), 4)
     assert quality(sharp)["blur"] > 20 * quality(soft)["blur"]
     assert quality(np.zeros((9, 9, 3), np.uint8)) == {"blur": 0.0, "light": 0.0, "clipped": 1.0}
+
+
+def test_identity_vectors_of_made_faces_are_no_part_of_the_set(tmp_path, monkeypatch):
+    """The card says that the set has none."""
+
+    def made(count, seed, folder, held_out):
+        drawn = np.random.default_rng(seed)
+        images, vectors = drawn.integers(0, 256, (count, 64, 64, 3), np.uint8), drawn.standard_normal((count, 128))
+        found = FaceSet(images, np.zeros((count, 1), int), np.zeros((1, 2)), vectors, held_out, {})
+        found.save(folder / "faces.npz")
+        return found
+
+    monkeypatch.setattr(module, "build_faces", made)
+    out, work = tmp_path / "set", tmp_path / "set" / "work"
+    folder, faces = picture_folder(ImagesConfig(synthetic=3), out, work)
+    assert [path.name for path in sorted(folder.iterdir())] == ["000000.png", "000001.png", "000002.png"]
+    files = [path for path in out.rglob("*") if path.is_file() and work not in path.parents]
+    assert {path.suffix for path in files} == {".png"} and faces is not None
+    assert (work / "synthetic" / "faces.npz").is_file()

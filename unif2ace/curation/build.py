@@ -7,8 +7,9 @@
     OUT/README.md             the card, with statistics.png
     OUT/report.json           counts of every stage, tokens, cost
     OUT/dropped.jsonl         every picture that fell out, with its stage and reason
-    OUT/work/                 what the stages keep, so that a run goes on where the last one stood: face checks,
-                              attributes, and of each endpoint its answers, quarantine and counts
+    OUT/work/                 no part of the set: what the stages keep, so that a run goes on where the last one
+                              stood: made faces with their identity vectors, face checks, attributes, and of each
+                              endpoint its answers, quarantine and counts
 
 A run is a function of the pictures, the config and what is in work: run it again and only what is missing is asked.
 """
@@ -63,7 +64,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
     with replacing(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(dataclasses.asdict(_plain(config)), sort_keys=False))
 
-    folder, synthetic = faces.picture_folder(config.images, out)
+    folder, synthetic = faces.picture_folder(config.images, out, work)
     found = faces.check_faces(folder, faces.picture_files(folder, config.images.limit), config.faces, work)
     records = [Record(each) for each in found if not each.reason]
     lexicon = _with_attributes(records, config, folder, synthetic, work)

@@ -83,6 +83,8 @@ What fell out, and why:
 - Attributes name what a picture looks like, not what a person is. Classes that are rare here will be learnt poorly:
   see the balance above.
 - Not for telling who somebody is, nor for judging people. No identity vector is part of this set{vectors}.
+- `work` is no part of it either: what it was built with, identity vectors of made faces among it. Give the set away
+  without.
 """
 
 

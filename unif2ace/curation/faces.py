@@ -48,8 +48,11 @@ class Face:
     measures: dict[str, float] | None = None
 
 
-def picture_folder(config: ImagesConfig, out: Path) -> tuple[Path, FaceSet | None]:
-    """The folder of the pictures; synthetic faces are written into `out` first.
+def picture_folder(config: ImagesConfig, out: Path, work: Path) -> tuple[Path, FaceSet | None]:
+    """The folder of the pictures; of synthetic faces they are written into `out` first.
+
+    Args:
+        work: folder for what is made with them and is no part of the set: their identity vectors.
 
     Raises:
         UserError: there is no such folder or file, or faces cannot be made.
@@ -62,7 +65,7 @@ def picture_folder(config: ImagesConfig, out: Path) -> tuple[Path, FaceSet | Non
         faces = FaceSet.load(Path(config.faces))
     else:
         count = max(config.synthetic, 20)
-        faces = build_faces(count, config.seed, out / "synthetic", held_out=max(1, count // 10))
+        faces = build_faces(count, config.seed, work / "synthetic", held_out=max(1, count // 10))
     folder = out / "images"
     for index in range(min(len(faces), config.synthetic or len(faces), config.limit or len(faces))):
         path = folder / f"{index:06d}.png"
