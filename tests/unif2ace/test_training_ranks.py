@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import training_runs as runs
 
 # float32 sums in another order, through 20 updates of AdamW. Measured: losses 4e-6, weights .0006.
@@ -47,6 +48,7 @@ def test_ranks_compute_what_one_does(prepared, alone, name, ranks, parallel):
     assert len(own) == 20
     assert {record["rows"]["lm"] for record in own} == {1}  # a row that one rank alone has
     assert_same(own, after, expected, weights)
+    assert "FutureWarning" not in (prepared[0] / f"{name}.0.log").read_text()
 
 
 def assert_same(own, after, expected, weights):
@@ -71,6 +73,23 @@ def test_sharding_over_one_rank_changes_nothing(tmp_path, precision):
     sharded = runs.train(config, f"--run={tmp_path / 'sharded'}", hook="training_hooks:sharded_alone")
     for ours, theirs in zip(sharded, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS if precision == "float32" else 0.02)
+
+
+def test_a_start_in_bf16_is_trained_in_float32(tmp_path):
+    """And is cast once it is spread: until then the ranks of a machine share the pages of its file."""
+    values = runs.prepare_drawn(tmp_path)
+    values["stages"][0]["steps"] = 3
+    start = runs.Checkpoint.load(tmp_path / "start")
+    start.model.to(torch.bfloat16)
+    start.save(tmp_path / "start")
+    config = runs.write(values, tmp_path / "config.json")
+    alone = runs.train(config, hook="training_hooks:weights_not_of_the_file")
+    weights = runs.weights(tmp_path / "run")
+    assert {each.dtype for each in weights.values()} == {torch.float32}
+    given = [f"--run={tmp_path / 'spread'}", "--parallel.experts=2"]
+    spread = runs.train(config, *given, ranks=2, hook="training_hooks:weights_not_of_the_file")
+    for ours, theirs in zip(spread, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS)
 
 
 @pytest.mark.slow

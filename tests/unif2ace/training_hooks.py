@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 from unittest import mock
 
 from torch import distributed as dist
@@ -89,6 +90,20 @@ def sharded_alone() -> None:
     """One rank, sharded as many are."""
     stage.shard = sharding.spread
     Stage._autocast = lambda self: contextlib.nullcontext()
+
+
+def weights_not_of_the_file() -> None:
+    """Fails where whole weights have memory of their own when they are to be spread."""
+    spread = stage.shard
+
+    def looked_at(model, *given):
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        pages = [[int(end, 16) for end in each[0].split("-")] for each in maps if each[-1].endswith(".safetensors")]
+        for name, weight in model.named_parameters():
+            assert any(first <= weight.data_ptr() < stop for first, stop in pages), name
+        spread(model, *given)
+
+    stage.shard = looked_at
 
 
 def second_layer_late() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from unif2ace.errors import UserError
 from unif2ace.training.config import AdamWConfig
@@ -46,6 +47,12 @@ def freeze(model: nn.Module, patterns: Sequence[str], where: str) -> None:
             names[name].requires_grad_(False)
     if not any(each.requires_grad for each in names.values()):
         raise UserError(f"{where}.freeze: nothing is left to train")
+
+
+def recompute(model: PreTrainedModel) -> None:
+    """Keep a layer's input alone, and run it again in the backward."""
+    # Newer versions of transformers call it so, and warn of the other name; older ones know that one alone.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:

@@ -36,12 +36,13 @@ class Stage:
         self.config, self.world, self.stage = config, world, config.stages[index]
         self.first = sum(stage.steps for stage in config.stages[:index])
         self.skipped, self.seconds = 0, 0.0
-        self.model = start.model.float().train()
+        self.model = start.model.train()
         self.model.config.loss = self.stage.loss.over(self.model.config.loss)
         if config.parallel.checkpointing == "block":
-            self.model.gradient_checkpointing_enable()
+            gradients.recompute(self.model)
         world.together(lambda: gradients.freeze(self.model, self.stage.freeze, f"stages[{index}]"))
         world.together(lambda: shard(self.model, world, config.parallel))
+        self.model.float()  # its shards: whole, weights are the file's pages, which the ranks of a machine share
         parameters = {n: p for n, p in self.model.named_parameters() if not n.startswith("image_tokenizer.")}
         self.trained = {name: each for name, each in parameters.items() if each.requires_grad}
         self.optimizer = gradients.adamw(self.trained, config.optimizer)
