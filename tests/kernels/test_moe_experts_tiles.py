@@ -63,6 +63,12 @@ def list_tiles_kernel(p_offsets, p_out, EXPERTS: tl.constexpr, BLOCK_M: tl.const
 
 
 @triton.jit
+def list_by_load_kernel(p_offsets, p_out, EXPERTS: tl.constexpr):
+    i_expert, _, _ = by_load(p_offsets, tl.program_id(0), EXPERTS)
+    tl.store(p_out + tl.program_id(0), i_expert)
+
+
+@triton.jit
 def list_places_kernel(p_out, TILES_N: tl.constexpr, GROUP: tl.constexpr):
     i_m, i_n = swizzle(tl.program_id(0), tl.num_programs(0) // TILES_N, TILES_N, GROUP)
     tl.store(p_out + tl.program_id(0), i_m * TILES_N + i_n)
@@ -84,6 +90,13 @@ def test_every_row_is_in_one_tile_of_its_expert(triton_interpreter, counts):
     ranked = found[:experts_total, 3].tolist()
     assert ranked == sorted(range(experts_total), key=lambda e: (-counts[e], e))
     assert torch.equal(found[:experts_total, 4:], torch.stack([offsets[:-1], offsets[1:]], 1)[ranked])
+
+
+def test_loads_too_large_to_be_compared_are_first_and_each_expert_has_a_rank(triton_interpreter):
+    counts = [3, 2**29, 0, 2**30, 7]  # 3 bits of a key are the expert's
+    ranked = torch.full((len(counts),), -1)
+    list_by_load_kernel[(len(counts),)](torch.tensor([0, *counts]).cumsum(0), ranked, len(counts))
+    assert ranked.tolist() == [1, 3, 4, 0, 2]
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (5, 3), (8, 1), (7, 4)])

@@ -26,7 +26,7 @@ from .._triton import float32_precision
 from . import configs
 from .head import HeadOutputs
 from .objective import Coefficients
-from .products_triton import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
+from .products_triton import LINE, hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
 from .rows_torch import code_columns
 from .rows_triton import (
     bias_gradient_kernel,
@@ -217,7 +217,7 @@ class _Chunk(NamedTuple):
         starts = (w.data_ptr(), w.stride(0) * w.itemsize, features * w.itemsize)
         aligned = all(each % 16 == 0 for each in starts)
         tile = configs.product(arch, w.dtype, float32_precision() == "tf32", aligned)
-        pitch = triton.cdiv(columns, 64) * 64  # rows of z begin on lines of memory
+        pitch = triton.cdiv(columns, LINE.value) * LINE.value
         z = torch.empty((rows, pitch), dtype=w.dtype, device=w.device)[:, :columns]
         x = torch.empty((rows, features), dtype=w.dtype, device=w.device)
         target = torch.empty(rows, dtype=torch.int32, device=w.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products_triton import ROW_PADDING, rows_of_chunk
+from .products_triton import ROW_PADDING, rows_of_chunk, with_padding
 from .rows_torch import MAX_EXPONENT as MAX_EXPONENT_VALUE
 
 MAX_EXPONENT = tl.constexpr(MAX_EXPONENT_VALUE)
@@ -190,7 +190,8 @@ def exponentials(p_z, p_top, i_column, columns, origin, SEGMENTS: tl.constexpr, 
     o_segment = i_column // SEGMENT + tl.arange(0, SEGMENTS)
     o_column = o_segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
     # [SEGMENTS, SEGMENT]
-    b_z = tl.load(p_z + o_column, mask=o_column < columns, other=float("-inf")).to(tl.float32)
+    b_z = tl.load(p_z + o_column, mask=o_column < with_padding(columns), other=0.0).to(tl.float32)
+    b_z = tl.where(o_column < columns, b_z, float("-inf"))
     b_top = tl.load(p_top + o_segment, mask=o_segment * SEGMENT < columns, other=0.0)
     b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     return tl.exp(b_z + (b_top - origin)[:, None]), o_column
@@ -200,7 +201,7 @@ def exponentials(p_z, p_top, i_column, columns, origin, SEGMENTS: tl.constexpr, 
 def store_gradient(p_z, b_e, o_column, columns, target, a, inside, outside, code_start, code_end):
     b_slope = tl.where((o_column >= code_start) & (o_column < code_end), inside, outside)
     b_g = b_e * b_slope - tl.where(o_column == target, a, 0.0)
-    tl.store(p_z + o_column, b_g.to(p_z.dtype.element_ty), mask=o_column < columns)
+    tl.store(p_z + o_column, b_g.to(p_z.dtype.element_ty), mask=o_column < with_padding(columns))
 
 
 @triton.jit
@@ -265,7 +266,8 @@ def row_terms_kernel(
         if i_chunk < padded(count):
             for i_column in range(0, columns, BLOCK):
                 o_column = i_column + tl.arange(0, BLOCK)
-                tl.store(p_z + o_column, tl.zeros((BLOCK,), p_z.dtype.element_ty), mask=o_column < columns)
+                m_column = o_column < with_padding(columns)
+                tl.store(p_z + o_column, tl.zeros((BLOCK,), p_z.dtype.element_ty), mask=m_column)
 
 
 @triton.jit
@@ -281,6 +283,7 @@ def bias_gradient_kernel(
     for i_row in range(0, count, BLOCK_R):
         o_row = i_row + tl.arange(0, BLOCK_R)
         p_tile = p_g + o_row.to(tl.int64)[:, None] * g_stride + o_column[None, :]
-        b_sum += tl.load(p_tile, mask=(o_row < count)[:, None] & m_column[None, :], other=0.0).to(tl.float32)
+        m_tile = (o_row < count)[:, None] & (o_column < with_padding(columns))[None, :]
+        b_sum += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
     b_out = tl.load(p_out + o_column, mask=m_column, other=0.0) + tl.sum(b_sum, 0)
     tl.store(p_out + o_column, b_out, mask=m_column)

@@ -45,10 +45,11 @@ def by_load(p_offsets, i_rank, EXPERTS: tl.constexpr):
     # [BLOCK_E]
     b_start = tl.load(p_offsets + o_expert, mask=m_expert, other=0).to(tl.int32)
     b_end = tl.load(p_offsets + o_expert + 1, mask=m_expert, other=-1).to(tl.int32)
-    b_count = b_end - b_start
+    # More rows first, of equals the lower number; a key takes one comparison for each of the BLOCK_E**2 pairs.
+    b_count = tl.minimum(b_end - b_start, 2**31 // BLOCK_E - 1)
+    b_key = b_count * BLOCK_E - o_expert
     # [BLOCK_E, BLOCK_E]: whether the expert of the column comes before that of the row
-    before = b_count[None, :] > b_count[:, None]
-    before = before | ((b_count[None, :] == b_count[:, None]) & (o_expert[None, :] < o_expert[:, None]))
+    before = b_key[None, :] > b_key[:, None]
     i_expert = tl.sum(tl.where(tl.sum(before.to(tl.int32), 1) == i_rank, o_expert, 0), 0)
     return i_expert, tl.load(p_offsets + i_expert).to(tl.int32), tl.load(p_offsets + i_expert + 1).to(tl.int32)
 
