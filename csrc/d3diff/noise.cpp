@@ -1,4 +1,4 @@
-// unif2ace_native::d3diff_noise on the CPU: kernels/unif2ace_kernels/d3diff/noise.py bit for bit.
+// unif2ace_native::d3diff_noise on the CPU: kernels/unif2ace_kernels/d3diff/noise_torch.py bit for bit.
 #include <algorithm>
 #include <cmath>
 #include <memory>

@@ -10,7 +10,7 @@ from values import any_values, generator, laid_out, layouts, ordinary, seeds, va
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from unif2ace_kernels.d3diff.noise import noise_torch  # noqa: E402
+from unif2ace_kernels.d3diff.noise_torch import noise_torch  # noqa: E402
 from unif2ace_kernels.d3diff.noise_triton import noise_triton  # noqa: E402
 from unif2ace_kernels.moe import mix_torch, mix_triton, route_torch, route_triton  # noqa: E402
 from unif2ace_kernels.sampling import draw_torch, draw_triton, ops, remask_triton  # noqa: E402

@@ -8,7 +8,7 @@ import torch
 from unif2ace_kernels import _library, d3diff
 from unif2ace_kernels.d3diff import logits as logits_module
 from unif2ace_kernels.d3diff import ops
-from unif2ace_kernels.d3diff.noise import noise_torch
+from unif2ace_kernels.d3diff.noise_torch import noise_torch
 from unif2ace_kernels.d3diff.rows_torch import accumulation_dtype, rows_torch
 
 pytestmark = pytest.mark.skipif(

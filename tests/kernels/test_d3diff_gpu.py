@@ -8,7 +8,7 @@ import torch
 from unif2ace_kernels import d3diff
 from unif2ace_kernels._library import explain
 from unif2ace_kernels.d3diff import configs
-from unif2ace_kernels.d3diff.noise import noise_torch
+from unif2ace_kernels.d3diff.noise_torch import noise_torch
 
 pytestmark = [
     pytest.mark.gpu,

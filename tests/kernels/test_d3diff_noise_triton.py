@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unif2ace_kernels import _philox
-from unif2ace_kernels.d3diff.noise import noise_torch
+from unif2ace_kernels.d3diff.noise_torch import noise_torch
 
 pytest.importorskip("triton", reason="needs Triton")
 

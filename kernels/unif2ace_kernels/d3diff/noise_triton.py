@@ -9,7 +9,7 @@ import triton.language as tl
 from .._philox import NOISE_STREAM
 from .._triton import interleave, words_of_groups
 from . import configs
-from .noise import noise_torch
+from .noise_torch import noise_torch
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from .._library import Implementation, compiled, register
 from .._triton import triton_implementation
 from .head import HeadOutputs, head_torch
 from .logits import logits_backward_torch, logits_torch
-from .noise import noise_torch
+from .noise_torch import noise_torch
 from .rows_torch import accumulation_dtype, rows_torch
 
 
