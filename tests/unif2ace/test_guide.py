@@ -25,7 +25,7 @@ from unif2ace.data.precompute import PrecomputeConfig
 from unif2ace.evaluation.config import SuiteConfig
 from unif2ace.settings import parse, read_settings
 from unif2ace.training.config import read_config
-from unif2ace.training.fresh import InitConfig
+from unif2ace.training.fresh_config import InitConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -24,7 +24,8 @@ from unif2ace.errors import UserError
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unif2ace.pictures import decode
 from unif2ace.training import fresh
-from unif2ace.training.fresh import ImagesConfig, InitConfig, TextConfig, build_config, initialise
+from unif2ace.training.fresh import initialise
+from unif2ace.training.fresh_config import ImagesConfig, InitConfig, TextConfig, build_config
 from unif2ace.training.tokenizer import TokenizerRecipe
 
 SIZES = ImageTokenizerConfig(side=16, bits=4, fine=8, coarse=8, blocks=1)

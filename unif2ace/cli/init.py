@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from unif2ace.settings import parse, read_settings
-from unif2ace.training.fresh import CHECKPOINT, InitConfig, initialise
+from unif2ace.training.fresh import CHECKPOINT, initialise
+from unif2ace.training.fresh_config import InitConfig
 
 
 def run(parsed: argparse.Namespace) -> None:
