@@ -21,7 +21,7 @@ void noise_words(int64_t seed, int64_t offset, uint32_t row, uint32_t* words, in
   }
 }
 
-// m of a row, and round(length m) with the product rounded to m's dtype as torch does.
+// m of a row, and length m in float32, or in float64 for float64.
 struct MaskProb {
   double m, product;
 };
@@ -30,9 +30,7 @@ template <class T>
 MaskProb mask_prob_at(const T* data, int64_t row, int64_t length) {
   using Real = ComputeOf<T>;
   const Real m = to_compute(data[row]);
-  T product;
-  from_compute(static_cast<Real>(length) * m, product);
-  return {m, to_compute(product)};
+  return {m, static_cast<Real>(length) * m};
 }
 
 MaskProb mask_prob_of(const Tensor& mask_prob, int64_t row, int64_t length) {

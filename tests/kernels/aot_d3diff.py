@@ -144,7 +144,8 @@ def _noise(length: int, exact: bool) -> AotCase:
     block = triton.next_power_of_2(length)
     return AotCase(
         f"noise, {'exact count' if exact else 'Bernoulli'}, N {length}", noise_triton.noise_kernel, signature,
-        lambda arch: ({"EXACT": exact, "BLOCK": block}, {"num_warps": configs.noise_warps(block)}),
+        lambda arch: ({"EXACT": exact, "BLOCK": block},
+                      {"num_warps": configs.noise_warps(block), "enable_fp_fusion": False}),
     )  # fmt: skip
 
 

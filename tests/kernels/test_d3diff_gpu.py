@@ -204,7 +204,9 @@ def test_extremes():
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 def test_noise_has_the_bits_of_the_cpu(exact, dtype):
     for rows, length in [(1, 1), (70_000, 3), (32, 257), (8, 1024), (3, 4096), (2, 5000)]:
-        m = torch.rand(rows).clamp(min=0.01).to(dtype)
+        m = torch.rand(rows).clamp(min=0.01)
+        m[: rows // 2] = ((m[: rows // 2] * length).floor() + 0.5) / length  # N m is nearly a half, or is one
+        m = m.clamp(max=1).to(dtype)
         arguments = (torch.randint(900, (rows, length)), m, 2**40, exact, -7, 2**33 + 1, 2**32 - 70_001)
         on_gpu = (each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments)
         ours = torch.ops.unif2ace.d3diff_noise(*on_gpu)

@@ -32,6 +32,15 @@ def test_exact_count_is_show_o_s(length):
     assert mask.dtype == torch.bool and noised.dtype == torch.int64
 
 
+@pytest.mark.parametrize("dtype, length, m", [
+    (torch.bfloat16, 1000, 0.7), (torch.float16, 3001, 0.3), (torch.float16, 70_000, 0.95), (torch.float32, 50, 0.05),
+])  # fmt: skip
+def test_the_count_is_of_a_product_in_float32_at_least(dtype, length, m):
+    m = torch.tensor([m], dtype=dtype)
+    _, mask = d3diff.noise(tokens(1, length), m, MASK_ID, seed=3)
+    assert mask.sum() == torch.round(length * m.float())
+
+
 def test_every_subset_is_equally_likely():
     rows, length, count = 20_000, 6, 3
     _, mask = d3diff.noise(tokens(rows, length), torch.full((rows,), count / length), MASK_ID, seed=5)

@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from aot import compile_ahead  # noqa: E402
+from aot_d3diff import CASES  # noqa: E402
 
 from unif2ace_kernels._triton import words_of_groups  # noqa: E402
 from unif2ace_kernels.d3diff import configs, noise_triton  # noqa: E402
@@ -18,14 +20,26 @@ from unif2ace_kernels.d3diff import configs, noise_triton  # noqa: E402
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("length", [1, 5, 64, 100])
 def test_noise_has_the_bits_of_torch(triton_interpreter, length, exact):
-    steps = torch.tensor([0.5, 1.5, 2.5, 0.51])
+    steps = torch.tensor([0.5, 1.5, 2.5, 0.51, 7.3])
     m = torch.cat([torch.linspace(1e-6, 1, 6), (steps / length).clamp(max=1)])
     tokens = torch.randint(900, (len(m), length))
     tokens = torch.stack([tokens, tokens + 1], 2)[..., 0]  # not contiguous
-    for dtype in (torch.float64, torch.float32, torch.float16):
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         arguments = (tokens, m.to(dtype).clamp(min=1e-6), 2**40, exact, -5, 2**33 + 1, 2**31)
         for one, other in zip(noise_triton.noise_triton(*arguments), noise_torch(*arguments), strict=True):
             assert torch.equal(one, other)
+
+
+def test_the_count_is_of_the_product_as_it_was_rounded(monkeypatch):
+    """Fused, x - floor(x) is of the exact product, and 50 * float32(0.05) is no half: a GPU would mask one more."""
+    launched = []
+    kernel = noise_triton.noise_kernel
+    monkeypatch.setattr(noise_triton, "noise_kernel", {(2,): lambda *arguments, **options: launched.append(options)})
+    noise_triton.noise_triton(torch.zeros(2, 50, dtype=torch.int64), torch.ones(2) / 20, 9, True, 4, 0, 0)
+    (case,) = (case for case in CASES if case.kernel is kernel and case.name == "noise, exact count, N 256")
+    fused = {fusion: compile_ahead(kernel, case.signature, {"EXACT": True, "BLOCK": 64}, 90, num_warps=1,
+                                   enable_fp_fusion=fusion).ptx for fusion in (True, False)}  # fmt: skip
+    assert "fma." in fused[True] and "fma." not in fused[launched[0].get("enable_fp_fusion", True)]
 
 
 @triton.jit

@@ -21,7 +21,9 @@ def noise_torch(
     rows = torch.arange(first_row, first_row + tokens.shape[0], device=tokens.device)
     words = random_words(seed, offset, rows, length, NOISE_STREAM)
     if exact_count and length > 0:
-        count = torch.round(length * mask_prob).to(torch.int64).clamp(1, length)
+        # In float32 at least: 16 bits would round N m to a multiple of 4 at N = 1024, and float16 ends at 65,504.
+        wide = mask_prob.to(torch.promote_types(mask_prob.dtype, torch.float32))
+        count = torch.round(length * wide).to(torch.int64).clamp(1, length)
         # The column in the low bits makes the keys of a row distinct, so that exactly `count` pass the threshold.
         keys = (words << 31) | torch.arange(length, device=tokens.device)
         threshold = keys.sort(-1).values.gather(-1, count[:, None] - 1)

@@ -14,13 +14,13 @@ from .noise_torch import noise_torch
 
 @triton.jit
 def count_of(length, mask_prob):
-    """round(length * mask_prob), half to even, of the product rounded to the dtype of mask_prob; at least 1."""
+    """round(length * mask_prob), half to even, of the product in float32, or in float64 for float64; at least 1."""
     if mask_prob.dtype == tl.float64:
         x = length.to(tl.float64) * mask_prob
     else:
-        x = (length.to(tl.float32) * mask_prob.to(tl.float32)).to(mask_prob.dtype).to(tl.float32)
+        x = length.to(tl.float32) * mask_prob.to(tl.float32)
     count = tl.floor(x).to(tl.int32)
-    rest = x - tl.floor(x)
+    rest = x - tl.floor(x)  # fused with the product above it would be of the exact one, and no half a half
     up = (rest > 0.5) | ((rest == 0.5) & (count % 2 == 1))
     return tl.minimum(tl.maximum(count + up.to(tl.int32), 1), length)
 
@@ -90,6 +90,6 @@ def noise_triton(
             noise_kernel[(batch,)](
                 tokens.contiguous(), mask_prob.contiguous(), noised, mask.view(torch.uint8), length, mask_id, seed,
                 offset, first_row, NOISE_STREAM, EXACT=exact_count, BLOCK=block,
-                num_warps=configs.noise_warps(block),
+                num_warps=configs.noise_warps(block), enable_fp_fusion=False,
             )  # fmt: skip
     return noised, mask
