@@ -171,12 +171,11 @@ def test_experts_are_the_reference(mixture, dtype, layout):
     def written_out(x, routing, *parameters):
         return reference.experts(x, routing.expert, routing.weight.to(x.dtype), *parameters, activation)
 
-    size = len(x) * (1 + x.abs().max().item()) ** 2 if x.numel() else 1.0  # gates multiply two; sums over tokens
     got = outcome(ours, dtype, *problem, where=lambda each: laid_out(each, layout))
     peer, exact = outcome(written_out, dtype, *problem), outcome(written_out, torch.float64, *problem)
     for index, (g, p, e) in enumerate(zip(got, peer, exact, strict=True)):
         assert g.dtype == p.dtype
-        assert_as_good(g, p, e, f"output {index}", dtype=dtype, size=size)
+        assert_as_good(g, p, e, f"output {index}", dtype=dtype, size=max(1, len(x)))  # sums over tokens
 
 
 @given(mixtures(), any_values, seeds)

@@ -8,7 +8,7 @@ from unif2ace_kernels._library import explain, runnable
 from unif2ace_kernels.moe import experts, reference, route
 from unif2ace_kernels.moe.activation_torch import ACTIVATIONS, GATED
 
-TINY = 1e-5
+TINY = 1e-6  # eight roundings of float32
 
 
 def make(tokens, *, sizes=(3, 5), top_k=2, shared=1, activation="gelu_tanh", bias=True, logits=None, groups=None,
@@ -108,6 +108,26 @@ def test_values_and_gradients(activation, dtype):
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 def test_without_bias(activation):
     assert_as_good(*make(50, activation=activation, bias=False), activation)
+
+
+@pytest.mark.parametrize("activation", [each for each in ACTIVATIONS if each not in GATED])
+def test_activations_and_slopes_keep_their_digits_far_out(activation):
+    """One expert of width 1 whose weights are 1, so that y and the gradient of x are the activation and its slope."""
+    x = torch.linspace(-14, 14, 4001)[:, None]
+    routing = route(torch.zeros(len(x), 1), torch.zeros(len(x)).long(), [1], 1)
+    ones = torch.ones(1, 1, 1)
+
+    def curves(function, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        y = function(leaf, routing.weight.to(dtype), ones.to(dtype), None, ones.to(dtype), None)
+        return y.detach().double(), torch.autograd.grad(y.sum(), leaf)[0].double()
+
+    for got, exact in zip(
+        curves(ours(routing, activation), torch.float32),
+        curves(truth(routing, activation), torch.float64),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, exact, rtol=3e-7, atol=3e-7)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
