@@ -16,6 +16,7 @@ from unif2ace.evaluation import study
 from unif2ace.files import read_json
 
 from .environment import ROOT, describe
+from .results import write_records
 
 RECORDS = Path("benchmarks") / "results" / "ablation" / "tiny.jsonl"
 PAGE = Path("docs") / "results" / "ablation.md"
@@ -73,9 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         return int((ROOT / PAGE).read_text(encoding="utf-8") != page(load()))
     if options.study is not None:
-        runs = records(options.study, options.commit)
-        (ROOT / RECORDS).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / RECORDS).write_text("".join(f"{json.dumps(each)}\n" for each in runs), encoding="utf-8")
+        write_records(ROOT / RECORDS, records(options.study, options.commit))
     (ROOT / PAGE).write_text(page(load()), encoding="utf-8")
     print(study.in_words(study.summaries(load())))
     return 0

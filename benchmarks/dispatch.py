@@ -29,6 +29,7 @@ from unif2ace_kernels import moe
 from unif2ace_kernels.moe.parallel import _exchange
 
 from .environment import describe
+from .results import write_records
 
 RANKS = 2
 OURS, NAIVE = "ours", "a row for each token and expert"
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file, a line each")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    environment = describe("cpu") | {"command": " ".join(["python -m benchmarks.dispatch", *sys.argv[1:]])}
+    environment = describe("cpu", "dispatch")
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "found.json")
         torch.multiprocessing.spawn(_work, (str(Path(folder) / "store"), options.rounds, out), nprocs=RANKS)
@@ -177,8 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"token and expert {naive_bytes / least:5.2f}   its time over ours {each['naive_time_over_ours']:.2f}"
         )
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(each | environment) + "\n" for each in found))
+        write_records(options.json, (each | environment for each in found))
     return 0
 
 

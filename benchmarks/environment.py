@@ -82,8 +82,8 @@ def without_folders(text: str) -> str:
     )
 
 
-def describe(device_type: str) -> dict[str, object]:
-    """The fields that every result line carries."""
+def describe(device_type: str, module: str = "run") -> dict[str, object]:
+    """The fields that every result line carries; `module` of this package is the command."""
     import torch
 
     name = torch.cuda.get_device_name() if device_type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
@@ -95,5 +95,5 @@ def describe(device_type: str) -> dict[str, object]:
         "device_name": name,
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.run", *map(without_folders, sys.argv[1:])]),
+        "command": " ".join([f"python -m benchmarks.{module}", *map(without_folders, sys.argv[1:])]),
     }

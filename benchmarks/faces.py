@@ -21,6 +21,7 @@ from unif2ace.files import read_json
 
 from .environment import ROOT, describe
 from .report import table
+from .results import write_records
 
 RECORDS = Path("benchmarks") / "results" / "faces" / "synthetic.jsonl"
 PAGE = Path("docs") / "results" / "faces.md"
@@ -129,9 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int((ROOT / PAGE).read_text(encoding="utf-8") != page(load()))
     if options.folders:
         built, *heads = options.folders
-        (ROOT / RECORDS).parent.mkdir(parents=True, exist_ok=True)
-        lines = records(built, heads, options.commit)
-        (ROOT / RECORDS).write_text("".join(f"{json.dumps(each)}\n" for each in lines), encoding="utf-8")
+        write_records(ROOT / RECORDS, records(built, heads, options.commit))
     (ROOT / PAGE).write_text(page(load()), encoding="utf-8")
     print(PAGE)
     return 0

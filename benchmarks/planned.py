@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from unif2ace.planning.plan import MATH, Training, memory
 
 from .batches import training_batch
 from .environment import describe
+from .results import write_records
 
 PARTS = {
     "attention": "attention", "ffn": "FFN", "experts": "experts", "sequence": "sequence experts",
@@ -243,13 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="points whose name begins so")
     parser.add_argument("--json", type=Path, help="write the results to this file, a line each")
     options = parser.parse_args(arguments)
-    environment = describe("cpu") | {"command": " ".join(["python -m benchmarks.planned", *sys.argv[1:]])}
-    lines = []
+    environment = describe("cpu", "planned")
+    records = []
     for point in POINTS:
         if not point.name.startswith(options.only):
             continue
         found = compare(point)
-        lines.append(json.dumps(found | environment))
+        records.append(found | environment)
         kept, peak = (each / 2**20 for each in (sum(found["kept"].values()), found["peak"]))
         print(
             f"{point.name:<22}{point.precision:<10} MiB kept {kept:8.1f}, plan / measured {found['kept_ratio']:.3f}"
@@ -257,8 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("\n".join(lines) + "\n")
+        write_records(options.json, records)
     return 0
 
 

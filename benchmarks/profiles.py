@@ -38,6 +38,7 @@ from .cases.generation import Loops
 from .environment import describe
 from .measure import Spread, interleaved
 from .parts import OTHER, Places, model_parts, shares
+from .results import write_records
 
 OURS, PLAIN, CAREFUL, SHOWO = "ours", "plain", "careful", "Show-o's loop, plain"
 CPU = torch.device("cpu")
@@ -195,11 +196,10 @@ def _records(
     return records
 
 
-def table(lines: Sequence[str]) -> str:
+def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: whole steps, then the parts of each."""
-    records = [json.loads(line) for line in lines]
     rows = ["| size | what | ours, ms | the others' time over ours |", "|---|---|--:|---|"]
-    groups: dict[tuple[str, str], dict[str, dict]] = {}
+    groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["size"], record["mode"]), {})[record["contender"]] = record
     for (shape, mode), of in groups.items():
@@ -228,19 +228,18 @@ def main(arguments: Sequence[str] | None = None, sizes: Sequence[Size] = tuple(S
     parser.add_argument("--table", type=Path, help="print this file of results as Markdown, measure nothing")
     options = parser.parse_args(arguments)
     if options.table is not None:
-        print(table(options.table.read_text().splitlines()))
+        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
         return 0
-    environment = describe("cpu") | {"command": " ".join(["python -m benchmarks.profiles", *sys.argv[1:]])}
-    lines: list[str] = []
+    environment = describe("cpu", "profiles")
+    records: list[dict[str, Any]] = []
     for size in sizes:
         if size.name.startswith(options.only):
-            records = train(size, options.seconds)
-            records += generate(size, options.seconds, records[0]["experts"])
-            lines += [json.dumps(record | environment) for record in records]
-    print(table(lines))
+            found = train(size, options.seconds)
+            found += generate(size, options.seconds, found[0]["experts"])
+            records += [each | environment for each in found]
+    print(table(records))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("\n".join(lines) + "\n")
+        write_records(options.json, records)
     return 0
 
 

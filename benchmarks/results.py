@@ -22,6 +22,12 @@ _CASE = ("op", "shape", "dtype", "mode")
 _NO_CASES = ("ceilings", "plan", "profile", "dispatch", "training", "ablation", "attributes", "dataset")
 
 
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """A file of `records`, a line of JSON each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Result:
     """What was measured of one case: ours and the contenders that ran, and those that did not."""

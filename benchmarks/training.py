@@ -40,7 +40,8 @@ from unif2ace.training.config import read_config
 from unif2ace.training.profile import Spans, Timeline, length, path_of, union
 
 from .cases.data import Rows
-from .environment import describe, without_folders
+from .environment import describe
+from .results import write_records
 
 WARM = 3  # steps before the first that counts
 JOINED = 1e-3  # seconds between what a picture shows as one
@@ -188,8 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file, a line each")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    command = " ".join(["python -m benchmarks.training", *map(without_folders, sys.argv[1:])])
-    environment = describe("cpu") | {"command": command}
+    environment = describe("cpu", "training")
     records = [record for size in options.sizes for record in compare(size, options.steps, options.rounds)]
     for each in records:
         of_least = f" ({each['bytes'] / each['bytes_least']:.2f} of the least)" if each["bytes_least"] else ""
@@ -199,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{each['hidden']:.0%} of it behind computing"
         )
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(each | environment) + "\n" for each in records))
+        write_records(options.json, (each | environment for each in records))
     return 0
 
 

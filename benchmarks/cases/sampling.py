@@ -90,10 +90,7 @@ def _showo(guided: Tensor, ids: Tensor, unknown: Tensor, first: int) -> Outputs:
 def _race(cond: Tensor, uncond: Tensor | None, ids: Tensor, index: Tensor, first: int) -> Outputs:
     """Gumbel-max on the masked rows only; cond, uncond [masked, C], uncond None where guidance was folded in."""
     z = cond.float() if uncond is None else (1 + GUIDANCE) * cond.float() - GUIDANCE * uncond.float()
-    drawn = (z - torch.empty_like(z).exponential_().log()).argmax(-1)
-    confidence = z.gather(1, drawn[:, None])[:, 0] - z.logsumexp(-1)
-    everywhere = torch.full(ids.shape, math.inf, device=ids.device).flatten().index_copy(0, index, confidence)
-    return ids.flatten().index_copy(0, index, drawn + first).view(ids.shape), everywhere.view(ids.shape)
+    return _placed(z, (z - torch.empty_like(z).exponential_().log()).argmax(-1), ids, index, first)
 
 
 def _flashinfer(cond: Tensor, uncond: Tensor | None, ids: Tensor, index: Tensor, first: int) -> Outputs:
@@ -101,7 +98,11 @@ def _flashinfer(cond: Tensor, uncond: Tensor | None, ids: Tensor, index: Tensor,
     from flashinfer.sampling import sampling_from_logits
 
     z = cond.float() if uncond is None else (1 + GUIDANCE) * cond.float() - GUIDANCE * uncond.float()
-    drawn = sampling_from_logits(z.contiguous()).long()
+    return _placed(z, sampling_from_logits(z.contiguous()).long(), ids, index, first)
+
+
+def _placed(z: Tensor, drawn: Tensor, ids: Tensor, index: Tensor, first: int) -> Outputs:
+    """Codes [masked] that were drawn from logits z [masked, C], and their confidence, where they belong."""
     confidence = z.gather(1, drawn[:, None])[:, 0] - z.logsumexp(-1)
     everywhere = torch.full(ids.shape, math.inf, device=ids.device).flatten().index_copy(0, index, confidence)
     return ids.flatten().index_copy(0, index, drawn + first).view(ids.shape), everywhere.view(ids.shape)
