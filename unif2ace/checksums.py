@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from unif2ace.errors import UserError
+from unif2ace.files import file_sha256
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
@@ -29,11 +29,7 @@ def sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _sha256(path: Path, size: int, modified: int) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            total.update(chunk)
-    return total.hexdigest()
+    return file_sha256(path)
 
 
 def check(

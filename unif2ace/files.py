@@ -84,6 +84,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()
+
+
 def digest(*parts: bytes | ModuleType) -> str:
     """Short name of bytes, and of modules by their source: what a cached result hangs on, so that none goes stale."""
     total = hashlib.sha256()

@@ -15,9 +15,10 @@ from quick import CODE_BITS, CODES, job
 from safetensors.torch import save_file
 
 from unif2ace.configs import VocabularyConfig
+from unif2ace.data.base import Source
 from unif2ace.data.config import DataConfig, MixConfig, SetConfig
 from unif2ace.data.precompute import precompute
-from unif2ace.data.sources import Source, open_source
+from unif2ace.data.sources import open_source
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unif2ace.model.image_tokenizers import describe_image_tokenizer
 from unif2ace.model.text_tokenizer import TextTokenizer

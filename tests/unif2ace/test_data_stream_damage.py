@@ -12,6 +12,7 @@ import pytest
 import sets
 from streams import COUNT, take, whole
 
+from unif2ace.data import base
 from unif2ace.data.config import SetConfig
 from unif2ace.data.shards import index_path
 from unif2ace.data.stream import Stream
@@ -111,9 +112,7 @@ def test_a_shard_that_goes_away_stops_it(damaged, text, model):
     take(stream, 1)
     for number in range(5):
         (copy / f"shard-{number:05d}.tar").unlink()
-    from unif2ace.data import sources
-
-    sources._opened.cache_clear()  # a file that is open can still be read
+    base._opened.cache_clear()  # a file that is open can still be read
     with pytest.raises(UserError, match=r"7 samples could not be read.*shard-0000\d\.tar at byte \d+: No such file"):
         take(stream, 30)
 

@@ -8,12 +8,12 @@ import torch
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.cli import main
-from unif2ace.cli.info import parameters
 from unif2ace.configs import SequenceMoEConfig, TokenMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.importers import parts
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unif2ace.model.magvit import Magvit, MagvitConfig
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
+from unif2ace.planning.parameters import parameters
 
 CONFIGS = {
     "full": tiny.CONFIG,

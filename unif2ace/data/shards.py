@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from unif2ace.data.base import Source, read_at
 from unif2ace.data.config import TASKS, FieldMap
 from unif2ace.data.samples import Sample, SampleError, check_fields, sample_of
-from unif2ace.data.sources import Source, read_at
 from unif2ace.errors import UserError
-from unif2ace.files import digest, read_json, replacing, write_json
+from unif2ace.files import digest, file_sha256, read_json, replacing, write_json
 
 FORMAT = 1
 JOB, MANIFEST = "job.json", "manifest.json"
@@ -78,7 +78,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], first: int
                     index["serves"].append([int(sample.serves(task)) for task in TASKS])
             file.flush()
             os.fsync(file.fileno())
-        index["bytes"], index["sha256"] = partial.stat().st_size, file_digest(partial)
+        index["bytes"], index["sha256"] = partial.stat().st_size, file_sha256(partial)
     met = {name for members in placed for name in members}
     index["members"] = [name for name in _MEMBERS if name in met]
     index["places"] = [[members.get(name, (0, -1, 0)) for name in index["members"]] for members in placed]
@@ -90,15 +90,6 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample], first: int
 def index_path(shard: Path) -> Path:
     """The index that belongs to the tar file `shard`."""
     return shard.with_suffix(".json")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            total.update(part)
-    return total.hexdigest()
 
 
 def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:

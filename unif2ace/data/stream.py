@@ -25,13 +25,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from unif2ace.configs import UniF2aceConfig
+from unif2ace.data.base import Source
 from unif2ace.data.config import TASKS, DataConfig
 from unif2ace.data.order import Order
 from unif2ace.data.rows import MmuRow, RowMaker, T2IRow
 from unif2ace.data.samples import Sample, SampleError
-from unif2ace.data.sources import Source, open_source
+from unif2ace.data.sources import open_source
 from unif2ace.data.texts import TokenFile
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 from unif2ace.files import digest
 from unif2ace.model.sequences import Batch
 from unif2ace.model.text_tokenizer import TextTokenizer
@@ -218,8 +219,7 @@ class Stream:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                what = str(error).splitlines()[0]
-                raise UserError(f"a data worker was lost, out of memory perhaps: {what}") from error
+                raise UserError(f"a data worker was lost, out of memory perhaps: {first_line(error)}") from error
             if isinstance(step, UserError):
                 raise step
             for where, reason in step.corrupt.items():

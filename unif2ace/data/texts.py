@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from unif2ace.data.base import Source, read_at
 from unif2ace.data.samples import SampleError
-from unif2ace.data.sources import Source, read_at
 from unif2ace.errors import UserError
 from unif2ace.files import digest, read_json, replacing, write_json
 from unif2ace.model.text_tokenizer import TextTokenizer

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from unif2ace.checkpoint import Checkpoint
-from unif2ace.cli.info import parameters
 from unif2ace.configs import LossConfig, SequenceMoEConfig, UniF2aceConfig
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
@@ -42,6 +41,7 @@ from unif2ace.generation.text import answer_codes
 from unif2ace.model.image_tokenizer import to_images, to_uint8
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.planning.activations import Step
+from unif2ace.planning.parameters import parameters
 from unif2ace.planning.plan import Training, step_flops
 from unif2ace.training import loop, optimizers
 from unif2ace.training.loop import Schedule, fit

@@ -33,6 +33,7 @@ from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.image_tokenizers import build_image_tokenizer, describe_image_tokenizer
 from unif2ace.model.losses import training_loss
 from unif2ace.model.magvit import Magvit
+from unif2ace.model.painting import PaintSettings, paint_prompts
 from unif2ace.model.sequence_moe import EXPERTS, Injection, Resampler, SequenceMoE
 from unif2ace.model.sequences import Batch, Layout, Shares
 from unif2ace.model.visibility import Visibility
@@ -380,8 +381,6 @@ class UniF2aceForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: rows too short for a prompt, an unknown setting, or nothing to decode codes with.
         """
-        from unif2ace.model.painting import PaintSettings, paint_prompts  # which builds on this module
-
         settings = {name: value for name, value in settings.items() if name not in Batch.__dataclass_fields__}
         unknown = sorted(settings.keys() - PaintSettings.__dataclass_fields__.keys())
         if unknown:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.prefix import TextPrefix
 from unif2ace_kernels import sampling
+
+if TYPE_CHECKING:  # the model builds on this module
+    from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,18 @@ What is known cannot be left out in the layers between: its hidden state moves w
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from unif2ace.configs import T2I
 from unif2ace.model.attention import rotary_table
 from unif2ace.model.blocks import Block, Context, at_rows
-from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequence_moe import NOISE
 from unif2ace.model.visibility import Visibility
+
+if TYPE_CHECKING:  # the model builds on this module
+    from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 
 
 class TextPrefix:
