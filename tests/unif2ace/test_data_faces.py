@@ -9,6 +9,7 @@ import pytest
 
 from unif2ace import packages
 from unif2ace.data import identity
+from unif2ace.data.framing import framed
 from unif2ace.encoders import sface
 from unif2ace.encoders.alignment import similarity
 from unif2ace.encoders.sface import find_faces
@@ -126,7 +127,7 @@ def test_photograph_comes_back_in_the_training_frame(tmp_path, encoder, faces):
     turn = cv2.getRotationMatrix2D((450, 350), 12, 1.0)
     photo = cv2.warpAffine(photo, turn, (900, 700), borderMode=cv2.BORDER_REPLICATE)
     cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])
-    crop = identity.face_from_file(tmp_path / "photo.png")
+    crop = framed(tmp_path / "photo.png", 64).face
     assert crop.shape == (64, 64, 3)
     inner = slice(16, 52)
     assert np.abs(crop[inner, inner].astype(int) - faces[0][inner, inner]).mean() < 25
@@ -150,7 +151,7 @@ def test_similarity_never_mirrors():
 def test_no_face(tmp_path, encoder):
     cv2.imwrite(str(tmp_path / "wall.png"), np.full((300, 300, 3), 90, np.uint8))
     with pytest.raises(UserError, match="no face found in .*wall.png"):
-        identity.face_from_file(tmp_path / "wall.png")
+        framed(tmp_path / "wall.png", 64)
 
 
 def test_several_faces_of_about_one_size_are_refused_and_bystanders_not(tmp_path, encoder, faces):
@@ -163,9 +164,9 @@ def test_several_faces_of_about_one_size_are_refused_and_bystanders_not(tmp_path
         assert len(find_faces(photo)[0]) == 2 and len(identity.clear_faces(photo)) == count
         if count == 2:
             with pytest.raises(UserError, match="2 faces found in .*photo.png"):
-                identity.face_from_file(tmp_path / "photo.png")
+                framed(tmp_path / "photo.png", 64)
         else:
-            crop = identity.face_from_file(tmp_path / "photo.png")
+            crop = framed(tmp_path / "photo.png", 64).face
             assert (encoder(crop[None]) @ encoder(faces).T).argmax() == 0
 
 

@@ -200,7 +200,7 @@ def test_rows_carry_what_they_mean_and_what_the_paper_has():
     plain = Row("fid", 70.0, 60.0, 80.0, 5, 5, how="x").plain()
     assert plain["paper"] == 66.0 and not plain["higher_is_better"] and plain["title"] == "FID"
     assert Row("kid").plain()["paper"] is None and paper.published("conv_ds") == 7.29
-    for _, columns, rows in paper.TABLES:
+    for _, columns, rows in (*paper.TABLES, ("Loss", paper.LOSS_COLUMNS, paper.LOSS)):
         assert all(len(row) == len(columns) for row in rows.values()) and set(columns) <= set(MEASURES)
 
 

@@ -17,7 +17,7 @@ from unif2ace.importers.phi import Options, import_phi
 from unif2ace.importers.showo import import_showo
 from unif2ace.importers.texts import load_text_tokenizer
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
-from unif2ace.model.sequences import Batch, mmu_batch, t2i_batch, t2i_prompts
+from unif2ace.model.sequences import mmu_batch, t2i_batch, t2i_prompts
 from unif2ace.model.visibility import Visibility
 
 TEXT, CODES, N, END = 40, 16, 4, 0
@@ -55,13 +55,6 @@ def read(path, **options) -> UniF2aceForConditionalGeneration:
     return import_phi(path, **sizes, image_tokens=N, options=Options(**options))[0]
 
 
-def ours(model: UniF2aceForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    given = {name: value for name, value in vars(batch).items() if name != "labels" and value is not None}
-    given |= {name: value.to(model.dtype) for name, value in given.items() if value.is_floating_point()}
-    with torch.no_grad():
-        return model(**given).logits
-
-
 def theirs(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Their logits, under [B, 1, L, L] of True where it sees, or causal."""
     if mask is not None:
@@ -84,10 +77,10 @@ def test_text_logits_are_phis(tmp_path, dense):
     prompts = torch.tensor([[2, 7, 9, 21, 33, 5, 11, 12, 13], [14, 39, 0, 3, 3, 30, 31, 1, 8]])
     batch = t2i_batch(prompts, torch.full((2, N), model.config.vocabulary.mask), model.config)
     columns = slice(0, TEXT)
-    a, b = ours(model, batch)[:, :9, columns], theirs(reference, prompts)[..., columns]
+    a, b = foreign.logits(model, batch)[:, :9, columns], theirs(reference, prompts)[..., columns]
     exact = theirs(reference.double(), prompts)[..., columns]
     assert_as_close(a, b, exact)
-    torch.testing.assert_close(ours(model.double(), batch)[:, :9, columns], exact, rtol=0, atol=2e-6)
+    torch.testing.assert_close(foreign.logits(model.double(), batch)[:, :9, columns], exact, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("task", ["t2i", "mmu"])
@@ -109,7 +102,7 @@ def test_both_tasks_logits_are_phis_under_our_masks(tmp_path, task):
         batch = mmu_batch(codes, [[3, 4, 5], [6], [7, 8, 9, 10, 11]], *features, config)
     valid = batch.attention_mask
     mask = Visibility(valid, batch.task, batch.image_start, N).mask(valid.shape[1])
-    a, b = ours(model, batch)[valid], theirs(reference, batch.input_ids, mask)[valid]
+    a, b = foreign.logits(model, batch)[valid], theirs(reference, batch.input_ids, mask)[valid]
     assert_as_close(a, b, theirs(reference.double(), batch.input_ids, mask)[valid])
 
 

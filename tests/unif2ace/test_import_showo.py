@@ -53,10 +53,7 @@ def batches(model: UniF2aceForConditionalGeneration) -> dict[str, Batch]:
 
 def logits(model: UniF2aceForConditionalGeneration, batch: Batch) -> torch.Tensor:
     """The columns that the numbers keep, at every position that is no padding."""
-    given = {name: value for name, value in vars(batch).items() if name != "labels" and value is not None}
-    given |= {name: value.to(model.dtype) for name, value in given.items() if value.is_floating_point()}
-    with torch.no_grad():
-        return model(**given).logits[batch.attention_mask][:, NUMBERS["columns"]]
+    return foreign.logits(model, batch)[batch.attention_mask][:, NUMBERS["columns"]]
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["experts", "dense"])

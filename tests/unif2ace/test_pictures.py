@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unif2ace.pictures import decode
+from unif2ace.pictures import decode, sheet
 
 HALVES = np.zeros((8, 16, 3), np.uint8)
 HALVES[:, :8, 0] = 255
@@ -67,3 +67,10 @@ def test_damaged(cut):
     transparent = np.random.default_rng(0).integers(0, 255, (40, 40, 4), dtype=np.uint8)
     with pytest.raises(ValueError, match="not a picture"):
         decode(file_of(Image.fromarray(transparent))[:cut] if cut else b"\x89PNG no")
+
+
+def test_a_sheet_keeps_the_order_and_fills_up_with_white():
+    images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 20, 30, 40, 50)])
+    whole = sheet(images, 3)
+    assert whole.shape == (8, 12, 3)
+    assert whole[::4, ::4, 0].tolist() == [[10, 20, 30], [40, 50, 255]]

@@ -36,9 +36,8 @@ def results(p_generation=0.5, p_understanding=0.5, shown=13, painted=5) -> Resul
     }  # fmt: skip
     answers = [(0, NASTY, "dark", "dark"), (1, "how?", NASTY, "light"), (2, "how?", "a", NASTY)]
     return Results(
-        numbers, pictures(shown), pictures(shown), pictures(shown), [NASTY] * shown, pictures(painted),
-        [NASTY] * painted, answers,
-    )  # fmt: skip
+        numbers, pictures(shown), pictures(shown), pictures(shown), pictures(painted), [NASTY] * painted, answers
+    )
 
 
 LOGS = {
@@ -115,13 +114,6 @@ def test_numbers_are_on_the_page(page):
 
 def test_only_wrong_answers_are_marked(folder):
     assert (folder / "report.html").read_text().count('class="wrong"') == 2
-
-
-def test_a_grid_keeps_the_order_and_fills_up_with_white():
-    images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 20, 30, 40, 50)])
-    sheet = np.asarray(report.grid(images, columns=3, scale=1))
-    assert sheet.shape == (8, 12, 3)
-    assert sheet[::4, ::4, 0].tolist() == [[10, 20, 30], [40, 50, 255]]
 
 
 @pytest.mark.parametrize("count,columns", [(24, 12), (13, 12), (12, 12), (5, 5), (1, 1)])

@@ -19,11 +19,13 @@ from unif2ace.data.framing import framed
 from unif2ace.errors import UserError
 from unif2ace.generation.image import OnPreview, PaintSettings, Preview, paint, repaint
 from unif2ace.generation.reading import FaceReader
+from unif2ace.pictures import sheet
 from unif2ace.safety import saving
 from unif2ace.safety.checker import SafetyChecker, allow, blank
 
 LARGEST_COUNT = 8
 EDITOR_SIDE = 384  # of the face that is drawn on: the model's own pictures may be small
+COLUMNS = 4  # faces of a painting that stand side by side
 STRIP = 8  # steps that the strip shows
 
 
@@ -116,7 +118,7 @@ class Studio:
             if refused:
                 status += f"; {len(refused)} blanked by the safety checker: {refused[0]}"
             paths = folder / f"{number}.png", folder / f"{number}-steps.png"
-            for path, image in zip(paths, (_sheet(images), _strip(history or [images[0]]))):
+            for path, image in zip(paths, (sheet(images, min(len(images), COLUMNS)), _strip(history or [images[0]]))):
                 saving.save(path, image, texts, self.marked, kind)
             yield Shown(*paths, status)
 
@@ -151,16 +153,6 @@ def _colour(picture: np.ndarray) -> np.ndarray:
     if picture is None:
         raise UserError("give a picture first")
     return np.ascontiguousarray(picture[..., :3])
-
-
-def _sheet(images: np.ndarray) -> np.ndarray:
-    """Pictures [B, H, W, 3] side by side, four a row; a row that is not full is filled up with white."""
-    count, height, width, _ = images.shape
-    columns = min(count, 4)
-    rows = -(-count // columns)
-    full = np.full((rows * columns, height, width, 3), 255, np.uint8)
-    full[:count] = images
-    return full.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
 def _strip(history: list[np.ndarray]) -> np.ndarray:

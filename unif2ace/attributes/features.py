@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
 from unif2ace.encoders import IDENTITY, KINDS, FaceCountError, FeatureCache, encoder
 from unif2ace.errors import UserError
 from unif2ace.files import digest
+from unif2ace.pictures import resized
 
 TOKENS = "tokens"
 _BATCH = 64
@@ -93,16 +93,9 @@ class Features:
 
         side, parts = self._tokenizer.config.side, []
         for start in range(0, len(images), _BATCH):
-            batch = torch.from_numpy(np.stack([_sized(each, side) for each in images[start : start + _BATCH]]))
+            batch = torch.from_numpy(np.stack([resized(each, side) for each in images[start : start + _BATCH]]))
             parts.append(self._tokenizer.encode(to_images(batch.to(self._device)))[1].flatten(1).float().cpu())
         return torch.cat(parts) if parts else torch.empty(0, 0)
-
-
-def _sized(image: np.ndarray, side: int) -> np.ndarray:
-    if image.shape[:2] == (side, side):
-        return image
-    shrinks = min(image.shape[:2]) > side
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def _tokenizer(folder: Path, device: torch.device):

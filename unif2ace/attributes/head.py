@@ -21,7 +21,7 @@ from torch import nn
 
 from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.features import Features
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 from unif2ace.files import digest, read_json, replacing, write_json
 
 CONFIG, WEIGHTS = "attributes.json", "attributes.safetensors"
@@ -113,8 +113,7 @@ def load(folder: Path) -> tuple[AttributeHead, Description]:
     try:
         head.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder / WEIGHTS} is missing, damaged or of another head ({reason})") from error
+        raise UserError(f"{folder / WEIGHTS} is missing, damaged or of another head ({first_line(error)})") from error
     return head.eval(), description
 
 
@@ -137,11 +136,10 @@ class AttributeClassifier:
         device: str | torch.device = "cpu",
         features: str | None = None,
         confidence: float | None = None,
-        cache: Path | None = None,
     ) -> None:
         self.name = f"classifier:{Path(folder).name}"
         self.head, described = load(Path(folder))
-        self._features = Features(features or described.features, device, cache, described.framed)
+        self._features = Features(features or described.features, device, framed=described.framed)
         if self._features.fingerprint != described.fingerprint:
             raise UserError(f"{folder} was trained on other features than {self._features.kind} gives: train it again")
         self.confidence = described.confidence if confidence is None else confidence

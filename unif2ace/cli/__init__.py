@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from unif2ace.cli.answering import add_ask, add_caption, add_chat
@@ -77,27 +78,27 @@ def _parser() -> argparse.ArgumentParser:
 
     init = commands.add_parser("init", help="a fresh checkpoint to train from: both tokenizers, and random weights")
     init.add_argument("config", type=Path, nargs="?", help="YAML file; every key of it can be given as --a.b=c")
-    init.set_defaults(run=_init, takes_overrides=True)
+    init.set_defaults(run=_later("init"), takes_overrides=True)
 
     precompute = commands.add_parser("precompute", help="pictures and words to shards that training reads fast")
     precompute.add_argument("config", type=Path, nargs="?", help="YAML file; every key of it can be given as --a.b=c")
-    precompute.set_defaults(run=_precompute, takes_overrides=True)
+    precompute.set_defaults(run=_later("precompute"), takes_overrides=True)
 
     train = commands.add_parser("train", help="train a model, from a config and its state; torchrun starts many ranks")
     train.add_argument("config", type=Path, help="YAML file; every key of it can be given as --a.b=c")
     train.add_argument("--dry-run", action="store_true", help="print the whole config, sizes, memory, steps")
     train.add_argument("--ranks", type=int, default=1, help="of --dry-run, where torchrun does not say (default: 1)")
-    train.set_defaults(run=_train, takes_overrides=True)
+    train.set_defaults(run=_later("train", "train"), takes_overrides=True)
 
     export = commands.add_parser("export", help="a state of a training run as a checkpoint, RUN/checkpoint")
     export.add_argument("run_folder", metavar="RUN", help="folder of the run")
     export.add_argument("--step", type=int, help="the state before this step (default: the newest)")
     export.add_argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/checkpoint)")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=_later("train", "export"))
 
     attributes = commands.add_parser("train-attributes", help="train a classifier of face attributes on labelled faces")
     attributes.add_argument("config", type=Path, nargs="?", help="YAML file; every key of it can be given as --a.b=c")
-    attributes.set_defaults(run=_train_attributes, takes_overrides=True)
+    attributes.set_defaults(run=_later("attributes"), takes_overrides=True)
 
     add_build_dataset(commands.add_parser("build-dataset", help="pictures to a set with captions and questions"))
     add_serve_language(commands.add_parser("serve-language", help="a small language model as an endpoint, for that"))
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="parameters by part, in all and used by a token")
     info.add_argument("checkpoint", help="folder of a checkpoint or of an import; or base, the 1.8B shape")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=_later("info", "info"))
 
     planning = commands.add_parser("plan", help="memory of training by part and by GPU, FLOPs, the largest batch")
     planning.add_argument("config", help="base (the 1.8B shape), tiny, or the folder of a checkpoint or of an import")
@@ -122,11 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--gpu-memory", type=float, default=141, help="GB of a GPU (default: an H200's, 141)")
     words = "also what a step costs on so many GPUs, by a model (64 1024: both)"
     planning.add_argument("--cluster", type=int, nargs="+", default=[], metavar="GPUS", help=words)
-    planning.set_defaults(run=_plan)
+    planning.set_defaults(run=_later("plan", "plan"))
     return parser
-
-
-# Imports wait until a command runs, so that --help and a mistyped option answer at once.
 
 
 def _demo(parsed: argparse.Namespace) -> None:
@@ -136,43 +134,6 @@ def _demo(parsed: argparse.Namespace) -> None:
     run(settings, parsed.out or Path(folder))
 
 
-def _init(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.init import run
-
-    run(parsed)
-
-
-def _precompute(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.precompute import run
-
-    run(parsed)
-
-
-def _train(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.train import train
-
-    train(parsed)
-
-
-def _export(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.train import export
-
-    export(parsed)
-
-
-def _train_attributes(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.attributes import run
-
-    run(parsed)
-
-
-def _info(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.info import info
-
-    info(parsed)
-
-
-def _plan(parsed: argparse.Namespace) -> None:
-    from unif2ace.cli.plan import plan
-
-    plan(parsed)
+def _later(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
+    """A command whose module waits until it runs, so that --help and a mistyped option answer at once."""
+    return lambda parsed: getattr(import_module(f"unif2ace.cli.{module}"), function)(parsed)

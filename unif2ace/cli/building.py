@@ -63,12 +63,12 @@ def add_serve_language(parser: argparse.ArgumentParser) -> None:
 def _build(parsed: argparse.Namespace) -> None:
     from unif2ace.curation.build import build
     from unif2ace.curation.config import BuildConfig
-    from unif2ace.settings import parse, read_settings
+    from unif2ace.settings import merged, parse, read_settings
 
     values = read_settings(parsed.config, parsed.overrides)
     with contextlib.ExitStack() as stack:
         if parsed.synthetic:
-            values = _over(_SYNTHETIC, values)
+            values = merged(_SYNTHETIC, values)
             images = values.setdefault("images", {})
             images.setdefault("limit" if "faces" in images else "synthetic", math.ceil(_SPARE * parsed.synthetic))
             if "captioner" not in values or "url" not in values["captioner"]:
@@ -79,24 +79,15 @@ def _build(parsed: argparse.Namespace) -> None:
     print(f"{report['pairs']} questions with answers; {values['out']}/README.md has the rest")
 
 
-def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` put over `base`."""
-    merged = dict(base)
-    for key, value in values.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _over(base[key], value) if both else value
-    return merged
-
-
 @contextlib.contextmanager
-def _packaged(batch: int = 16) -> Iterator[dict[str, Any]]:
+def _packaged() -> Iterator[dict[str, Any]]:
     """What reaches the packaged language model, which is served meanwhile."""
     from unif2ace.endpoint.language import PACKAGED, Language
     from unif2ace.endpoint.serving import LanguageServer
 
-    with LanguageServer(Language(), batch=batch) as server:
+    with LanguageServer(Language()) as server:
         # two batches under way: one that is written, one that waits
-        where = {"url": server.url, "model": PACKAGED, "known_as": PACKAGED, "concurrency": 2 * batch}
+        where = {"url": server.url, "model": PACKAGED, "known_as": PACKAGED, "concurrency": 2 * server.batch}
         try:
             yield {**_PACKAGED, **where}
         finally:

@@ -120,6 +120,7 @@ def _targets(out: Path, prompts: Sequence[str], count: int, force: bool) -> list
 def _save(
     images: np.ndarray, prompts: Sequence[str], targets: Sequence[Path], parsed: argparse.Namespace, check, kind: str
 ) -> None:
+    from unif2ace.pictures import sheet
     from unif2ace.safety import checker, saving
 
     images, reasons = checker.blank(check, prompts, images)
@@ -127,10 +128,8 @@ def _save(
         if reason is not None:
             print(f"unif2ace: face {number + 1} is blanked by the safety checker: {reason}", file=sys.stderr)
     if len(targets) == 1:
-        rows, said = len(images) // parsed.count, list(dict.fromkeys(prompts))
-        height, width = images.shape[1:3]
-        grid = images.reshape(rows, parsed.count, height, width, 3).swapaxes(1, 2)
-        pictures = [(grid.reshape(rows * height, parsed.count * width, 3), " / ".join(said))]
+        said = list(dict.fromkeys(prompts))
+        pictures = [(sheet(images, parsed.count), " / ".join(said))]
         told = f"{len(images)} face{'s' * (len(images) > 1)} from {', '.join(map(repr, said))}"
     else:
         pictures, told = list(zip(images, prompts)), ""

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from unif2ace.data.samples import Sample, SampleError
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 from unif2ace.files import digest, read_json
 from unif2ace.model.image_tokenizer import to_images
+from unif2ace.pictures import resized
 
 FRAMES = ("face", "square")
 FEATURES_SIDE = 256  # pixels a side of what encoders see, more where the image tokenizer sees more
@@ -183,14 +184,10 @@ def face_frame(picture: np.ndarray, side: int) -> np.ndarray:
 
 def square_frame(picture: np.ndarray, side: int) -> np.ndarray:
     """The largest square in the middle."""
-    import cv2
-
     height, width = picture.shape[:2]
     edge = min(height, width)
     top, left = (height - edge) // 2, (width - edge) // 2
-    square = picture[top : top + edge, left : left + edge]
-    method = cv2.INTER_AREA if edge > side else cv2.INTER_CUBIC
-    return cv2.resize(square, (side, side), interpolation=method) if edge != side else square
+    return resized(picture[top : top + edge, left : left + edge], side)
 
 
 def load_image_tokenizer(folder: Path) -> tuple[Any, str]:
@@ -213,7 +210,7 @@ def load_image_tokenizer(folder: Path) -> tuple[Any, str]:
                 tensors |= {name.removeprefix("image_tokenizer."): file.get_tensor(name) for name in names}
         tokenizer.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise UserError(f"{folder}: its image tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{folder}: its image tokenizer cannot be read ({first_line(error)})") from error
     parts = [f"{name} {value.dtype}".encode() + value.contiguous().view(torch.uint8).numpy().tobytes()
              for name, value in sorted(tensors.items())]  # fmt: skip
     return tokenizer.float().eval().requires_grad_(False), digest(str(described).encode(), *parts)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
+from unif2ace.data.encode import square_frame
 from unif2ace.data.identity import clear_faces, crop_face, read_image
 from unif2ace.errors import UserError
 
@@ -46,7 +46,7 @@ def framed(picture: np.ndarray | Path, side: int, crop: bool = True) -> Framed:
     if height == width == side:
         return Framed(image, lambda other: other, (height, width))
     if not crop:
-        return Framed(_middle(image, side), lambda other: _middle(other, side), (height, width))
+        return Framed(square_frame(image, side), lambda other: square_frame(other, side), (height, width))
     faces = clear_faces(image)
     if len(faces) != 1:
         found = f"{len(faces)} faces" if len(faces) else "no face"
@@ -64,11 +64,3 @@ def bring_mask(frame: Framed, mask: np.ndarray) -> np.ndarray:
     if not inside.any():
         raise UserError("nothing of what is to be painted anew lies in the face's part of the picture")
     return inside
-
-
-def _middle(image: np.ndarray, side: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    square = min(height, width)
-    top, left = (height - square) // 2, (width - square) // 2
-    part = image[top : top + square, left : left + square]
-    return cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA if square > side else cv2.INTER_CUBIC)

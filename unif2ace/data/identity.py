@@ -71,17 +71,3 @@ def read_image(path: Path) -> np.ndarray:
         return decode(content)
     except ValueError as error:
         raise UserError(f"{path} {error}") from error
-
-
-def face_from_file(path: Path, size: int = SIZE) -> np.ndarray:
-    """The one face of a photograph, in the training frame: [size, size, 3] uint8 RGB. Bystanders do not count.
-
-    Raises:
-        UserError: the file cannot be read, or no face is found in it, or several of about one size.
-    """
-    image = read_image(path)
-    landmarks = clear_faces(image)
-    if len(landmarks) != 1:
-        found = f"{len(landmarks)} faces" if len(landmarks) else "no face"
-        raise UserError(f"{found} found in {path}: give a picture with one clear, upright face")
-    return crop_face(image, landmarks[0], size)

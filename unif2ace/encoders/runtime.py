@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 
 
 def providers(device: torch.device) -> list:
@@ -41,4 +41,4 @@ def session(path: Path, device: torch.device):
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=runs_on)
     except Exception as error:  # ONNX Runtime raises classes of its own under RuntimeError and beside it
-        raise UserError(f"{path} is truncated or no ONNX network ({str(error).splitlines()[0][:200]})") from error
+        raise UserError(f"{path} is truncated or no ONNX network ({first_line(error):.200})") from error

@@ -62,14 +62,13 @@ class Language:
 
     Args:
         where: folder of its weights, or `smollm2-135m`, the packaged one.
-        dtype: that it computes in.
 
     Raises:
         UserError: it is missing, damaged, or has no chat template.
         ModuleNotFoundError: the packaged one's file cannot be read without a package that is not there.
     """
 
-    def __init__(self, where: str = PACKAGED, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, where: str = PACKAGED) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder, options = Path(where), {}
@@ -83,7 +82,7 @@ class Language:
             raise UserError(f"{where}: expected {PACKAGED} or the folder of a model")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **options)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         if not self.tokenizer.chat_template:

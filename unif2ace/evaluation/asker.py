@@ -49,7 +49,7 @@ class Asker:
         if name == "vqascore":
             note = "share of yes over the repetitions, not a probability; "
             return self._ask(name, "vlm", config.endpoint, judge.prompt_of("vqascore"), items, judge.said_yes, note)
-        return self._ask(name, "vlm", config.endpoint, judge.prompt_of("vlm-score"), items, judge.rated)
+        return self._ask(name, "vlm", config.endpoint, judge.prompt_of("vlm-score"), items, vlm.rating)
 
     def described(self, name: str, captions: Iterable[Mapping[str, Any]]) -> Row:
         """A judge's scores of captions, each against its face's first."""

@@ -16,7 +16,6 @@ import numpy as np
 
 from unif2ace.endpoint.client import Endpoint, Question
 from unif2ace.endpoint.prompts import Prompt, load_prompt
-from unif2ace.evaluation.vlm import rating
 
 _MARKS = re.compile(r"[<>]{3,}")  # stand around a text that is judged: none in it ends it early
 
@@ -110,7 +109,3 @@ def judged(value: Any) -> float:
 def said_yes(value: str) -> float:
     """1 where an answer begins with yes: its mean is the share of yes, which VQAScore's probability is the limit of."""
     return float(value.strip(" \"'*.").lower().startswith("yes"))
-
-
-def rated(value: str) -> float | None:
-    return rating(value)

@@ -49,7 +49,6 @@ class Results:
     held_out: np.ndarray
     reconstructed: np.ndarray
     repainted: np.ndarray
-    held_out_captions: list[str]
     painted: np.ndarray
     prompts: list[str]
     answers: list[tuple[int, str, str, str]]
@@ -96,7 +95,7 @@ def evaluate(checkpoint: Checkpoint, faces: FaceSet, held_out: EncodedFaces, pro
         "parameters": sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad),
     }
     count = min(SHOWN, len(images))
-    return Results(numbers, images[:count], reconstructed[:count], repainted, shown, painted, texts, answers)
+    return Results(numbers, images[:count], reconstructed[:count], repainted, painted, texts, answers)
 
 
 def _answers(

@@ -14,19 +14,16 @@ from unif2ace.evaluation.quality import Results
 from unif2ace.files import replacing
 from unif2ace.model.sequence_moe import EXPERTS
 from unif2ace.pages import page, save, table
+from unif2ace.pictures import sheet
 
 GRID_COLUMNS = 12
 P_GENERATION, P_UNDERSTANDING = 0.001, 0.01
 
 
-def grid(images: np.ndarray, columns: int = GRID_COLUMNS, scale: int = 2) -> Image.Image:
-    """Images [n, H, W, 3] uint8 in rows of `columns`; the last row is filled up with white."""
-    count, height, width, _ = images.shape
-    rows = -(-count // columns)
-    full = np.full((rows * columns, height, width, 3), 255, np.uint8)
-    full[:count] = images
-    sheet = full.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-    return Image.fromarray(sheet).resize((columns * width * scale, rows * height * scale), Image.Resampling.BICUBIC)
+def _grid(images: np.ndarray) -> Image.Image:
+    """A sheet of images [n, H, W, 3] uint8, twice as large."""
+    small = Image.fromarray(sheet(images, GRID_COLUMNS))
+    return small.resize((2 * small.width, 2 * small.height), Image.Resampling.BICUBIC)
 
 
 def write(folder: Path, results: Results, logs: dict[str, list[dict]], seconds: dict[str, float]) -> None:
@@ -36,9 +33,9 @@ def write(folder: Path, results: Results, logs: dict[str, list[dict]], seconds: 
         [results.held_out[: len(results.repainted)], results.repainted[: len(results.held_out)]], axis=1
     )
     pictures = {
-        "painted": grid(results.painted),
-        "reconstructed": grid(_row_pairs(pairs)),
-        "repainted": grid(_row_pairs(repainted)),
+        "painted": _grid(results.painted),
+        "reconstructed": _grid(_row_pairs(pairs)),
+        "repainted": _grid(_row_pairs(repainted)),
     }
     for name, picture in pictures.items():
         with replacing(folder / f"{name}.png") as partial:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from unif2ace.endpoint.prompts import Prompt, load_prompt
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 
 _YES = ("Yes", "yes", " Yes", " yes")
 _SCALE = re.compile(r"\b0\s*(?:to|and|-|–)\s*100\b")  # told again, it is no rating
@@ -52,8 +52,9 @@ class LocalModel:
             self._processor = AutoProcessor.from_pretrained(folder, **options)
             model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **options)
         except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{folder} is no vision-language model that transformers reads: {reason}") from error
+            raise UserError(
+                f"{folder} is no vision-language model that transformers reads: {first_line(error)}"
+            ) from error
         self.device, self.name = torch.device(device), folder.name
         self._model = model.to(self.device).eval()  # type: ignore[arg-type]
         self._asks = {name: load_prompt(name, "unif2ace.evaluation") for name in ("vqascore", "vlm-score")}

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unif2ace.checkpoint import Checkpoint
+from unif2ace.data.config import DataConfig
 from unif2ace.errors import UserError
 from unif2ace.evaluation.faces import Face
 from unif2ace.generation.image import PaintSettings, paint
@@ -24,7 +25,7 @@ from unif2ace.model.image_tokenizer import to_images, to_uint8
 from unif2ace.safety.saving import save
 
 BATCH = 24  # of paintings and of answers
-DESCRIBE = "describe the face."
+DESCRIBE = DataConfig().describe[0]
 Record = dict[str, Any]
 T = TypeVar("T")
 

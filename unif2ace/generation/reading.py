@@ -12,7 +12,7 @@ from unif2ace.checkpoint import Checkpoint
 from unif2ace.data.identity import FRAME, face_encoder
 from unif2ace.encoders import encoder
 from unif2ace.errors import UserError
-from unif2ace.generation.text import MAX_QUESTION, answer
+from unif2ace.generation.text import MAX_QUESTION, answer, answer_codes, question_ids
 from unif2ace.model.image_tokenizer import to_images
 
 OF_TOKENIZER = "image_tokenizer"  # semantic features that are the image tokenizer's own latents
@@ -69,10 +69,7 @@ class FaceReader:
         Raises:
             UserError: an empty or over-long question.
         """
-        text = self.checkpoint.text_tokenizer
-        asked = [question_ids(self.checkpoint, question) for question in questions]
-        said = answer(self.checkpoint.model, faces.codes, asked, faces.identity, faces.semantic, text.end, max_tokens)
-        return [text.decode(ids) for ids in said]
+        return answer_codes(self.checkpoint, *faces, questions, max_tokens)
 
     def converse(
         self, face: Faces, history: Sequence[int], question: str, max_tokens: int = 8
@@ -94,18 +91,6 @@ class FaceReader:
         ids = [each for turn in turns for each in turn] + asked
         (said,) = answer(self.checkpoint.model, face.codes, [ids], face.identity, face.semantic, text.end, max_tokens)
         return text.decode(said), [*ids, *said, text.end]
-
-
-def question_ids(checkpoint: Checkpoint, question: str) -> list[int]:
-    """Token ids of a question.
-
-    Raises:
-        UserError: it is empty or too long.
-    """
-    ids = checkpoint.text_tokenizer.encode(question)
-    if len(ids) > MAX_QUESTION:
-        raise UserError(f"the question has {len(ids)} tokens, at most {MAX_QUESTION} are read: shorten it")
-    return ids
 
 
 def split_turns(history: Sequence[int], end: int) -> list[list[int]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
-from unif2ace.model.image_tokenizer import to_images
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import TENSORS, mmu_batch, padded_left
 
@@ -50,6 +48,18 @@ def answer(
     return [ids[: ids.index(end)] if end in ids else ids for ids in said]
 
 
+def question_ids(checkpoint: Checkpoint, question: str) -> list[int]:
+    """Token ids of a question.
+
+    Raises:
+        UserError: it is empty or too long.
+    """
+    ids = checkpoint.text_tokenizer.encode(question)
+    if len(ids) > MAX_QUESTION:
+        raise UserError(f"the question has {len(ids)} tokens, at most {MAX_QUESTION} are read: shorten it")
+    return ids
+
+
 def answer_codes(
     checkpoint: Checkpoint,
     codes: torch.Tensor,
@@ -64,22 +74,6 @@ def answer_codes(
         UserError: an empty or over-long question.
     """
     text = checkpoint.text_tokenizer
-    asked = [text.encode(question) for question in questions]
-    longest = max(map(len, asked))
-    if longest > MAX_QUESTION:
-        raise UserError(f"the question has {longest} tokens, at most {MAX_QUESTION} are read: shorten it")
+    asked = [question_ids(checkpoint, question) for question in questions]
     given = answer(checkpoint.model, codes, asked, identity, semantic, text.end, max_tokens)
     return [text.decode(ids) for ids in given]
-
-
-def answer_faces(
-    checkpoint: Checkpoint, images: np.ndarray, identity: torch.Tensor, questions: Sequence[str]
-) -> list[str]:
-    """Answers to one question on each face.
-
-    Args:
-        images: [B, side, side, 3] uint8, framed as `data.identity.face_from_file` does.
-        identity: [B, C_id].
-    """
-    codes, semantic = checkpoint.image_tokenizer.encode(to_images(torch.from_numpy(images)))
-    return answer_codes(checkpoint, codes, identity, semantic, questions)

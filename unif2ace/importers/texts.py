@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 from unif2ace.model.text_tokenizer import TextTokenizer
 
 TEXT = "tokenizer.json"
@@ -33,7 +33,7 @@ def load_text_tokenizer(path: Path) -> TextTokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise UserError(f"{file} is damaged ({str(error).splitlines()[0][:200]}): copy it again") from error
+        raise UserError(f"{file} is damaged ({first_line(error):.200}): copy it again") from error
     try:
         return TextTokenizer(tokenizer)
     except ValueError as error:

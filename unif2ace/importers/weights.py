@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from unif2ace import checksums
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 from unif2ace.files import read_json
 
 SHOWN = 4  # names of one kind that an error lists
@@ -63,7 +63,7 @@ class Weights:
         try:
             return self._read[name]()
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({_first_line(error)}): copy it again") from error
+            raise UserError(f"{self.path}: {name} cannot be read ({first_line(error):.200}): copy it again") from error
 
     def settings(self) -> dict:
         """The config.json beside the weights, {} where there is none.
@@ -173,7 +173,7 @@ def _open(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Ten
         try:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{damaged} ({_first_line(error)}): copy it again") from error
+            raise UserError(f"{damaged} ({first_line(error):.200}): copy it again") from error
         return {
             name: (tuple(handle.get_slice(name).get_shape()), lambda name=name: handle.get_tensor(name))  # type: ignore[misc]
             for name in handle.keys()
@@ -181,11 +181,7 @@ def _open(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Ten
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged pickle asks the reader for anything
-        raise UserError(f"{damaged}, or holds more than tensors ({_first_line(error)}): copy it again") from error
+        raise UserError(f"{damaged}, or holds more than tensors ({first_line(error):.200}): copy it again") from error
     if not isinstance(content, dict) or not all(isinstance(each, torch.Tensor) for each in content.values()):
         raise UserError(f"{file} holds no plain dictionary of tensors: save the model's state_dict()")
     return {name: (tuple(value.shape), lambda value=value: value) for name, value in content.items()}  # type: ignore[misc]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

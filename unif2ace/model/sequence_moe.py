@@ -144,10 +144,10 @@ class SequenceMoE(nn.Module):
         self.injects.copy_(torch.tensor(rows))
 
     @torch.no_grad()
-    def start_as_identity(self, margin: float = 1.0) -> None:
+    def start_as_identity(self) -> None:
         """Become y = x, exactly, to train on from there: every sample is routed to its task's copies, in equal parts.
 
-        The router's weight is zero and its bias puts the copies `margin` above the other experts. Among copies the
+        The router's weight is zero and its bias puts the copies 1 above the other experts. Among copies the
         task's loss cannot tell, so it is the balance loss that lowers their share until the others are chosen too.
 
         Raises:
@@ -157,7 +157,7 @@ class SequenceMoE(nn.Module):
         if self.top_k > copies:
             raise ValueError(f"top_k: expected at most {copies}, the copies of each task, got {self.top_k}")
         self.router.weight.zero_()
-        self.router.bias.copy_(margin * self.keeps)
+        self.router.bias.copy_(self.keeps)
 
     def forward(self, x: torch.Tensor, task: torch.Tensor, injected: torch.Tensor) -> tuple[torch.Tensor, moe.Routing]:
         """x [B, N, D] image tokens, task [B], injected [B, 3, N, D] -> ([B, N, D], the layer's routing)."""

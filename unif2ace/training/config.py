@@ -24,7 +24,7 @@ from unif2ace.configs import LossConfig
 from unif2ace.data.config import DataConfig
 from unif2ace.data.encode import EncodingConfig
 from unif2ace.errors import UserError
-from unif2ace.settings import parse
+from unif2ace.settings import merged, parse
 from unif2ace.training.loop import Schedule
 from unif2ace.training.watch import WatchConfig
 
@@ -256,16 +256,8 @@ def read_config(values: dict[str, Any]) -> TrainConfig:
     if isinstance(stages, list) and isinstance(common, dict):
         for stage in stages:
             if isinstance(stage, dict) and isinstance(stage.get("data", {}), dict):
-                stage["data"] = _over(common, stage.get("data", {}))
+                stage["data"] = merged(common, stage.get("data", {}))
     return parse(TrainConfig, values, "").check()
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _over(merged[key], value) if both else value
-    return merged
 
 
 def changes(before: Any, after: Any, key: str = "") -> dict[str, list[Any]]:
