@@ -1,10 +1,41 @@
-"""Streams of rows looked at: what the tests of the stream share."""
+"""Streams of the usual shards, and their rows looked at: what the tests of the stream share."""
 
 from __future__ import annotations
 
 import itertools
 
+import pytest
+import sets
+
+from unif2ace.data.config import SetConfig
+from unif2ace.data.stream import Stream
+
 COUNT = 23  # samples of the usual set
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return sets.shards(tmp_path_factory.mktemp("stream"), COUNT)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return sets.text()
+
+
+@pytest.fixture(scope="module")
+def model(text):
+    return sets.model(text)
+
+
+@pytest.fixture
+def stream(folder, text, model):
+    """Streams of the same shards."""
+
+    def make(changes=None, **arguments) -> Stream:
+        return Stream(sets.config(SetConfig(str(folder)), **(changes or {})), model, text, **arguments)
+
+    return make
 
 
 def take(stream, count):

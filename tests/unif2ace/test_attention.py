@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import types
 
 import pytest
 import torch
+from attention_rows import BATCHES, N, Rows, assert_close
 from torch.nn.attention import flex_attention
-from transformers import DynamicCache, PretrainedConfig, StaticCache
 
 from unif2ace.configs import MMU, T2I
 from unif2ace.errors import UserError
-from unif2ace.model.attention import IMPLEMENTATIONS, Attention, attend, positions, rotary_table, rotate
+from unif2ace.model.attention import IMPLEMENTATIONS, attend
 from unif2ace.model.visibility import Visibility
 
-N = 4  # image tokens
-
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows by what a person would say of them: task, pads before, tokens, pads after, image start (-1: none)."""
-
-    rows: list[tuple[int, int, int, int, int]]
-    image_tokens: int = N
-
-    @property
-    def facts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """What `Visibility` is told."""
-        mask = [[False] * before + [True] * tokens + [False] * after for _, before, tokens, after, _ in self.rows]
-        task, image_start = (torch.tensor([each[at] for each in self.rows]) for at in (0, 4))
-        return torch.tensor(mask), task, image_start, self.image_tokens
-
-    def visibility(self, **options) -> Visibility:
-        return Visibility(*self.facts, **options)
-
-    @property
-    def length(self) -> int:
-        return sum(self.rows[0][1:4])
-
-    def seen(self, row: int, query: int) -> list[int]:
-        """The keys that a query sees, by the prose of the layouts; none for padding."""
-        task, before, tokens, _, image = self.rows[row]
-        real = range(before, before + tokens)
-        if query not in real:
-            return []
-        if image >= 0 and task == T2I and image - 1 <= query <= image + self.image_tokens:
-            return [*real]
-        if image >= 0 and task == MMU:
-            return [key for key in real if key <= query or key <= image + self.image_tokens]
-        return [key for key in real if key <= query]
-
-    def qkv(self, queries: int | None = None, dtype=torch.float64, grad: bool = False) -> list[torch.Tensor]:
-        lengths = (queries or self.length, self.length, self.length)
-        return [torch.randn(len(self.rows), 2, n, 16, dtype=dtype, requires_grad=grad) for n in lengths]
-
-
-BATCHES = {
-    # Rows of 14 positions; an image with its <soi> and <eoi> takes 6 of them, in t2i the last tokens. The last row of
-    # the first two ends within its image, as nobody should ask; what is not there is not read.
-    "t2i": Rows([(T2I, 0, 14, 0, 9), (T2I, 3, 11, 0, 9), (T2I, 6, 6, 2, 7), (T2I, 0, 8, 6, 3), (T2I, 0, 9, 5, 6)]),
-    "mmu, pads after": Rows([(MMU, 0, 14, 0, 2), (MMU, 0, 9, 5, 2), (MMU, 0, 7, 7, 2), (MMU, 0, 5, 9, 2)]),
-    "mmu, pads before": Rows([(MMU, 0, 14, 0, 2), (MMU, 5, 9, 0, 7), (MMU, 7, 7, 0, 9)]),
-    "text": Rows(
-        [(MMU, 0, 14, 0, -1), (MMU, 4, 10, 0, -1), (MMU, 0, 1, 13, -1), (T2I, 3, 8, 3, -1), (MMU, 14, 0, 0, -1)]
-    ),
-    "mixed": Rows([(T2I, 3, 11, 0, 9), (MMU, 0, 12, 2, 2), (MMU, 2, 9, 3, -1), (T2I, 0, 11, 3, 6), (MMU, 4, 10, 0, 6)]),
-}
 
 
 @pytest.fixture(params=BATCHES.values(), ids=BATCHES)
@@ -128,12 +74,6 @@ def implementation(request, monkeypatch) -> str:
 
 def dtype_of(implementation: str) -> torch.dtype:
     return torch.bfloat16 if implementation == "flash_attention_2" else torch.float64
-
-
-def assert_close(given: torch.Tensor, expected: torch.Tensor) -> None:
-    """As close as float64 is, or as bfloat16 is after a rounding or two."""
-    tolerance = 1e-12 if given.dtype == torch.float64 else 2**-7
-    torch.testing.assert_close(given.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------------------------------- who sees whom
@@ -322,93 +262,3 @@ def test_rows_that_flash_attn_cannot_be_told_of(valid, image_start):
     with pytest.raises(RuntimeError, match="padding only before and after a row's tokens, no text after a face"):
         visibility.varlen_calls(10)
     assert visibility.mask(10).shape == (2, 1, 10, 10)
-
-
-# ----------------------------------------------------------------------------------------------------------- positions
-
-
-def test_padding_counts_in_a_t2i_row_alone():
-    rows = Rows([(T2I, 3, 4, 0, -1), (T2I, 0, 7, 0, -1), (MMU, 3, 4, 0, -1), (MMU, 0, 5, 2, -1)])
-    assert positions(*rows.facts[:2]).tolist() == [
-        [0, 1, 2, 3, 4, 5, 6],
-        [0, 1, 2, 3, 4, 5, 6],
-        [0, 0, 0, 0, 1, 2, 3],
-        [0, 1, 2, 3, 4, 4, 4],
-    ]
-
-
-def test_the_rotary_table_turns_a_pair_of_channels_by_its_angle():
-    ids = torch.tensor([[0, 3], [7, 100]])
-    cos, sin = rotary_table(ids, 6, base=50.0)
-    x = torch.randn(2, 2, 2, 8, dtype=torch.float64)
-    out = rotate(x, (cos, sin))
-    for b, h, i in ((b, h, i) for b in range(2) for h in range(2) for i in range(2)):
-        for pair in range(3):
-            turn = complex(math.cos(a := ids[b, i].item() * 50.0 ** (-2 * pair / 6)), math.sin(a))
-            z = complex(x[b, h, i, pair], x[b, h, i, pair + 3]) * turn
-            assert complex(out[b, h, i, pair], out[b, h, i, pair + 3]) == pytest.approx(z, abs=1e-5)
-    assert torch.equal(out[..., 6:], x[..., 6:])
-    shared = rotary_table(ids[1], 6, base=50.0)
-    assert torch.equal(rotate(x, shared)[1], out[1])
-
-
-# ---------------------------------------------------------------------------------------------------------- the module
-
-
-@pytest.fixture
-def layer() -> Attention:
-    layer = Attention(32, 2, layer=1).double()
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return layer
-
-
-def table_of(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    return rotary_table(positions(*rows.facts[:2]), 8)
-
-
-@torch.no_grad()
-def test_rows_padded_on_the_left_give_what_they_give_alone(layer):
-    rows = BATCHES["mmu, pads before"]
-    x = torch.randn(len(rows.rows), rows.length, 32, dtype=torch.float64)
-    together = layer(x, rows.visibility(), table_of(rows))
-    for i, (task, before, tokens, _, image) in enumerate(rows.rows):
-        bare = Rows([(task, 0, tokens, 0, image - before)])
-        assert_close(layer(x[i : i + 1, before:], bare.visibility(), table_of(bare)), together[i : i + 1, before:])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_token_by_token_from_a_cache(layer, kind):
-    """Prompts of unequal length with their images, then some tokens: a cache that grows, one with all its room."""
-    rows = Rows([(MMU, 0, 14, 0, 2), (MMU, 3, 11, 0, 5), (MMU, 5, 9, 0, -1)])
-    valid, task, image, _ = rows.facts
-    cos, sin = table_of(rows)
-    x = torch.randn(len(rows.rows), rows.length, 32, dtype=torch.float64)
-    want = layer(x, rows.visibility(), (cos, sin))
-    cache = DynamicCache() if kind == "dynamic" else StaticCache(PretrainedConfig(num_hidden_layers=2), 20)
-    for a, b in ((0, 10), (10, 11), (11, 13), (13, 14)):
-        room = b if kind == "dynamic" else 20
-        held = torch.nn.functional.pad(valid[:, :b], (0, room - b))
-        first = None if kind == "dynamic" else torch.as_tensor(cache.get_seq_length(1))
-        seen = Visibility(held, task, image, N, queries=b - a, first_query=first)
-        got = layer(x[:, a:b], seen, (cos[:, a:b], sin[:, a:b]), past_key_values=cache)
-        assert_close(got[valid[:, a:b]], want[:, a:b][valid[:, a:b]])
-    assert cache.get_seq_length(0) == 0, "the layer keeps to its own place"
-
-
-@torch.no_grad()
-def test_a_prefix_that_is_kept_and_some_rows_alone(layer):
-    """Two captions, one image: what comes before is written once, and only the wanted rows attend."""
-    rows = Rows([(T2I, 3, 11, 0, 9), (T2I, 0, 14, 0, 9)])
-    table = table_of(rows)
-    x = torch.randn(2, rows.length, 32, dtype=torch.float64)
-    x[1, 8:] = x[0, 8:]
-    want = layer(x, rows.visibility(), table)
-    held = tuple(torch.nn.functional.pad(each[:, :, :8], (0, 0, 0, 6)) for each in layer.key_value(x, table))
-    image = tuple(each[0, 8:] for each in table)
-    seen = Visibility.everything(rows.facts[0])
-    assert_close(layer(x[:1, 8:], seen, image, prefix=held), want[:, 8:])
-    some = torch.tensor([[4, 1], [0, 2]])
-    got = layer(x[:1, 8:], seen, image, prefix=held, rows=some)
-    assert_close(got, want[:, 8:].gather(1, some[:, :, None].expand(-1, -1, 32)))

@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 import sets
+import streams
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -23,30 +24,7 @@ from unif2ace.errors import UserError
 
 COUNTS = {"t2i": 4, "mmu": 2}  # of the usual config
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return sets.shards(tmp_path_factory.mktemp("stream"), COUNT)
-
-
-@pytest.fixture(scope="module")
-def text():
-    return sets.text()
-
-
-@pytest.fixture(scope="module")
-def model(text):
-    return sets.model(text)
-
-
-@pytest.fixture
-def stream(folder, text, model):
-    """Streams of the same shards."""
-
-    def make(changes=None, **arguments) -> Stream:
-        return Stream(sets.config(SetConfig(str(folder)), **(changes or {})), model, text, **arguments)
-
-    return make
+folder, text, model, stream = streams.folder, streams.text, streams.model, streams.stream  # fixtures
 
 
 def test_an_epoch_has_every_sample_once(stream):

@@ -10,7 +10,8 @@ import shutil
 
 import pytest
 import sets
-from streams import COUNT, take, whole
+import streams
+from streams import take, whole
 
 from unif2ace.data import base
 from unif2ace.data.config import SetConfig
@@ -18,20 +19,7 @@ from unif2ace.data.shards import index_path
 from unif2ace.data.stream import Stream
 from unif2ace.errors import UserError
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return sets.shards(tmp_path_factory.mktemp("stream"), COUNT)
-
-
-@pytest.fixture(scope="module")
-def text():
-    return sets.text()
-
-
-@pytest.fixture(scope="module")
-def model(text):
-    return sets.model(text)
+folder, text, model = streams.folder, streams.text, streams.model  # fixtures
 
 
 def flip(folder, key) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sets
+import streams
 import torch
 import yaml
 from quick import QuickEncoding, job
@@ -22,30 +23,7 @@ from unif2ace.data.stream import Stream
 from unif2ace.errors import UserError
 from unif2ace.settings import parse
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return sets.shards(tmp_path_factory.mktemp("stream"), COUNT)
-
-
-@pytest.fixture(scope="module")
-def text():
-    return sets.text()
-
-
-@pytest.fixture(scope="module")
-def model(text):
-    return sets.model(text)
-
-
-@pytest.fixture
-def stream(folder, text, model):
-    """Streams of the same shards."""
-
-    def make(changes=None, **arguments) -> Stream:
-        return Stream(sets.config(SetConfig(str(folder)), **(changes or {})), model, text, **arguments)
-
-    return make
+folder, text, model, stream = streams.folder, streams.text, streams.model, streams.stream  # fixtures
 
 
 def test_pictures_are_encoded_on_the_way(text, model, tmp_path, folder):
