@@ -43,6 +43,7 @@ def test_every_public_name_has_its_entry(site):
             value = getattr(module, name)
             if callable(value) and not name.isupper():
                 assert f'id="unif2ace_kernels.{room}.{name}"' in page, f"{room}.{name}"
+        assert "doc-module" not in page, f"{room}: a file under the name of a function"
     library = (site / "library" / "index.html").read_text()
     assert all(f'id="unif2ace_kernels.{name}"' in library for name in ("explain", "Explanation", "registered_ops"))
     assert set(unif2ace_kernels.__all__) == {"Explanation", "explain", "registered_ops", *ROOMS}

@@ -6,7 +6,9 @@ device synchronisation and trace cleanly. Checks of contents are the callers' to
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -51,6 +53,22 @@ def expect_tensor(
         raise ValueError(f"{argument}: expected dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
     if device_of is not None and value.device != device_of[1].device:
         raise ValueError(f"{argument}: expected device {device_of[1].device} (as {device_of[0]}), got {value.device}")
+
+
+def expect_int(value: Any, argument: str, low: int, stop: int | None = None) -> None:
+    """Check that `value` is an int in [low, stop), or at least `low`."""
+    # As above: the words only for a failure, since a symbol has no repr under torch.compile.
+    # Python's own first: an abstract class is nothing that torch.compile looks into.
+    is_int = isinstance(value, _INTS) or isinstance(value, numbers.Integral)
+    if not (is_int and low <= value and (stop is None or value < stop)):
+        wanted = f"an int >= {low}" if stop is None else f"an int in [{low}, {stop})"
+        raise ValueError(f"{argument}: expected {wanted}, got {value!r}")
+
+
+def expect_pair(value: object, argument: str) -> None:
+    """Check that `value` is a sequence of two, where a range begins and where it ends."""
+    if not (isinstance(value, Sequence) and len(value) == 2):
+        raise ValueError(f"{argument}: expected (start, end), got {value!r}")
 
 
 def expect_choice(value: object, argument: str, choices: Sequence[object]) -> None:

@@ -74,6 +74,7 @@ class Explanation:
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {}
+_OP_OF: dict[str, str] = {}  # by the public function that calls it: "moe.experts" -> "moe_experts"
 
 
 def register(
@@ -83,6 +84,7 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    serves: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Define an op, install its implementations, its fake and (with `backward`) its autograd formula.
 
@@ -92,6 +94,7 @@ def register(
             the ones after it where it takes some dtypes only.
         fake: shape and dtype propagation, as for `torch.library.register_fake`.
         setup_context, backward: as for `torch.library.register_autograd`.
+        serves: the public functions that run it, ``"room.name"``; `explain` takes these names too.
 
     Returns:
         The op's default overload, ``torch.ops.unif2ace.<name>.default``.
@@ -99,6 +102,7 @@ def register(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _IMPLEMENTATIONS[name] = tuple(implementations)
+    _OP_OF.update(dict.fromkeys(serves, name))
     for device, key in _DISPATCH_KEY.items():
         usable = runnable(name, device)
         if usable:
@@ -153,7 +157,8 @@ def explain(op: str, *tensors: torch.Tensor) -> Explanation:
     """Say which implementation of `op` runs for `tensors`, and why each preferred one does not.
 
     Args:
-        op: the op's name, with or without the ``unif2ace::`` prefix (see `registered_ops`).
+        op: a public function, ``"moe.experts"``, or an op's name, with or without the ``unif2ace::`` prefix (see
+            `registered_ops`).
         tensors: the op's tensor arguments; their device and floating dtypes decide. Without any, the CPU is meant.
 
     Returns:
@@ -162,9 +167,9 @@ def explain(op: str, *tensors: torch.Tensor) -> Explanation:
     Raises:
         ValueError: unknown `op`, tensors on several devices, or a device that no implementation serves.
     """
-    name = op.removeprefix(add_op_namespace_prefix(""))
+    name = _OP_OF.get(op, op.removeprefix(add_op_namespace_prefix("")))
     if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"op: expected one of {', '.join(registered_ops())}, got {op!r}")
+        raise ValueError(f"op: expected one of {', '.join([*sorted(_OP_OF), *registered_ops()])}, got {op!r}")
     devices = sorted({tensor.device.type for tensor in tensors}) or ["cpu"]
     if len(devices) > 1:
         raise ValueError(f"tensors: expected all on one device, got {' and '.join(devices)}")

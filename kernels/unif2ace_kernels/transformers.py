@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from ._autocast import autocast_dtype
 from .moe import arrange, experts
 
 NAME = "unif2ace"
@@ -77,7 +77,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         b_in, b_out = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias), self.down_proj_bias
     if not self.is_transposed:
         w_in, w_out = w_in.transpose(1, 2), w_out.transpose(1, 2)
-    x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(w_in.dtype)
+    x = hidden_states.to(w_in.dtype) if autocast_dtype(hidden_states.device) is None else hidden_states
     routing = arrange(top_k_index, top_k_weights, self.num_experts)
     return experts(x, routing, w_in, b_in, w_out, b_out, activation=activation).to(hidden_states.dtype)
 

@@ -177,7 +177,7 @@ def test_differentiating_twice_raises():
         ({"targets": torch.full((B, N), 7.0)}, "targets: expected dtype int64, got float32"),
         ({"sample_id": torch.full((B, N), 3)}, r"sample_id: expected values in \[0, B = 3\), got \[3"),
         ({"sample_id": torch.arange(B).flip(0)[:, None].expand(B, N)}, "sample_id: expected rows of a sample together"),
-        ({"hidden": torch.zeros(0, N, D)}, "hidden: expected at least one row"),
+        ({"hidden": torch.zeros(B, N, 0)}, "hidden: expected at least one column"),
         ({"hidden": torch.zeros(B * N, D), "targets": torch.zeros(B * N, dtype=torch.int64)}, "sample_id: expected"),
         ({"weight": torch.zeros(V, D + 1)}, r"weight: expected shape \[V, 8\], got shape \[23, 9\]"),
         ({"bias": torch.zeros(V + 1)}, r"bias: expected shape \[23\], got shape \[24\]"),

@@ -119,7 +119,7 @@ def test_what_torch_asks_of_an_op():
         ((torch.zeros(3).long(), torch.ones(3), 4), r"expert: expected shape \[T, K\]"),
         ((torch.zeros(3, 2).long(), torch.ones(3, 1), 4), r"weight: expected shape \[3, 2\]"),
         ((torch.zeros(3, 2).long(), torch.ones(3, 2).long(), 4), "weight: expected dtype float64"),
-        ((torch.zeros(3, 2).long(), torch.ones(3, 2), 0), "num_experts: expected at least 1, got 0"),
+        ((torch.zeros(3, 2).long(), torch.ones(3, 2), 0), "num_experts: expected an int >= 1, got 0"),
         ((torch.full((3, 2), 4), torch.ones(3, 2), 4), r"expert: expected values in \[0, 4\), got .* in \[4, 4\]"),
         ((torch.full((3, 2), -1), torch.ones(3, 2), 4), r"expert: expected values in \[0, 4\), got .* in \[-1, -1\]"),
     ],

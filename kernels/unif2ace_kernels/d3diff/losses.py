@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._checks import expect, expect_tensor
+from .._autocast import autocast_dtype
+from .._checks import expect, expect_int, expect_pair, expect_tensor
 from .arguments import (
     FLOATS,
     check_head,
@@ -23,6 +24,9 @@ from .arguments import (
 from .objective import Coefficients, Objective, RowWeights, mean_rows, row_weights
 from .ops import head_op, logits_op, noise_op
 from .rows_torch import accumulation_dtype, exponent, penalty
+
+# The loss, and ce, lse, mass, hit of each row.
+HeadTerms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class LossStats(NamedTuple):
@@ -75,7 +79,7 @@ def noise(
         mask_id: the mask token.
         exact_count: mask round(N m) positions (half to even, at least one), a uniformly random subset, as Show-o
             does; otherwise each position on its own with probability m.
-        seed: 64 bits. offset: the training step, in [0, 2**32). first_row: index of row 0 in the whole batch.
+        seed: in [-2**63, 2**63). offset: the training step, in [0, 2**32). first_row: index of row 0 in the batch.
         check_values: look at the contents of mask_prob. None: on CPU, unless compiling. On CUDA it synchronises.
 
     Returns:
@@ -86,6 +90,11 @@ def noise(
     """
     expect_tensor(tokens, "tokens", shape=("B", "N"), dtypes=(torch.int64,))
     expect_tensor(mask_prob, "mask_prob", shape=(tokens.shape[0],), dtypes=FLOATS, device_of=("tokens", tokens))
+    for name, value, low, stop in (
+        ("mask_id", mask_id, -(2**63), 2**63), ("seed", seed, -(2**63), 2**63),
+        ("offset", offset, 0, 2**32), ("first_row", first_row, 0, 2**63),
+    ):  # fmt: skip
+        expect_int(value, name, low, stop)
     if may_look(mask_prob, check_values):
         expect_probabilities(mask_prob)
     noised, mask = noise_op(tokens, mask_prob, mask_id, exact_count, seed, offset, first_row)
@@ -108,7 +117,8 @@ def loss(
     """The D3Diff loss of the last hidden states, ce_coef * CE + alpha * score entropy, and its statistics.
 
     Logits are made for labelled rows only, for the needed columns only and for a chunk of rows at a time. Gradients
-    for `hidden`, `weight` and `bias` are made in the forward; differentiating twice raises.
+    for `hidden`, `weight` and `bias` are made in the forward; differentiating twice raises. Without a row, or without
+    a label, the loss and its gradients are 0.
 
     Args:
         hidden: [T, D], or [B, N, D] with sample b in row b; half, float or double.
@@ -169,6 +179,9 @@ def loss_from_logits(
         expect_targets(targets, valid, objective.target_range(vocabulary))
         expect_samples(mask_prob, sample_id)
     rows = row_weights(objective, valid, mask_prob, sample_id, end - start)
+    if logits.shape[0] == 0:
+        value, *terms = _no_rows(logits.dtype, logits)
+        return value, _stats(rows, *terms)
     weights, size = _normalised(rows.combined(objective.ce_coef, objective.alpha), logits.dtype)
     value, *terms = logits_op(logits, targets, *weights, start, end, objective.code_range, ignore_index)
     if look:
@@ -208,7 +221,9 @@ def next_token_loss(
         labels = shift_labels(labels, ignore_index)
     hidden, labels = flatten_labels(hidden, "hidden", labels, "labels")
     check_head(hidden, weight, bias)
-    start, end = (0, weight.shape[0]) if columns is None else columns
+    columns = (0, weight.shape[0]) if columns is None else columns
+    expect_pair(columns, "columns")
+    start, end = columns
     expect(0 <= start < end <= weight.shape[0], "columns", f"0 <= start < end <= V = {weight.shape[0]}", columns)
     valid = labels != ignore_index
     look = may_look(hidden, check_values)
@@ -317,12 +332,13 @@ def _head(
     columns: Sequence[tuple[int, int]],
     codes: tuple[int, int],
     ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, and ce, lse, mass, hit of each row."""
-    device = hidden.device.type
+) -> HeadTerms:
+    """The head's op; or the zeros of none, where there are no rows."""
     compute_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if compute_dtype != torch.float64 and torch.is_autocast_enabled(device):
-        compute_dtype = torch.get_autocast_dtype(device)
+    if compute_dtype != torch.float64:
+        compute_dtype = autocast_dtype(hidden.device) or compute_dtype
+    if hidden.shape[0] == 0:
+        return _no_rows(compute_dtype, hidden, weight, bias)
     weights, size = _normalised(weights, compute_dtype)
     asked = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in (hidden, weight, bias)]
     starts, ends = zip(*columns, strict=True)
@@ -330,6 +346,14 @@ def _head(
         hidden, weight, bias, targets, group, *weights, starts, ends, codes, ignore_index, compute_dtype, *asked
     )
     return value if size is None else value * size, ce, lse, mass, hit
+
+
+def _no_rows(dtype: torch.dtype, *inputs: torch.Tensor | None) -> HeadTerms:
+    """The loss of no row, 0, and ce, lse, mass, hit of none. Every input has a gradient, of zeros, as DDP waits for."""
+    # Sums of nothing: 0 also where a weight is infinite.
+    nothing = [each[:0].reshape(-1).to(accumulation_dtype(dtype)) for each in inputs if each is not None]
+    none = nothing[0].detach()
+    return torch.cat(nothing).sum(), none, none, none, none
 
 
 def _stats(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import expect, expect_choice
+from .._checks import expect, expect_choice, expect_pair
 from .schedules import Schedule, schedule
 
 READINGS = ("radd", "paper", "bayes", "unnormalized", "full_vocab")
@@ -57,6 +57,7 @@ class Objective:
     bayes_sigma: bool = False
 
     def __post_init__(self) -> None:
+        expect_pair(self.code_range, "code_range")
         start, end = self.code_range
         expect(0 <= start < end, "code_range", "0 <= start < end", self.code_range)
         expect(self.alpha >= 0, "alpha", "a number >= 0", self.alpha)
@@ -139,12 +140,13 @@ def row_weights(
     mask_prob [B]; sample_id [T], or None where each of the B samples has T / B rows in order.
     """
     m = mask_prob.to(torch.float64)
+    samples = max(m.numel(), 1)
     count, share = _count_and_share(valid)
 
     def rows(per_sample: torch.Tensor) -> torch.Tensor:
         if sample_id is not None:
             return per_sample[sample_id]
-        return per_sample[:, None].expand(-1, valid.numel() // m.numel()).reshape(-1)
+        return per_sample[:, None].expand(-1, valid.numel() // samples).reshape(-1)
 
     def total(per_sample: torch.Tensor) -> torch.Tensor:
         return torch.where(valid, rows(per_sample), 0).sum()
@@ -157,7 +159,7 @@ def row_weights(
         weight = sigma / m
     if objective.max_weight is not None:
         weight = weight.clamp(max=objective.max_weight)
-    reduced = 1 / m.numel() if objective.score_reduction == "sum_per_sample" else share
+    reduced = 1 / samples if objective.score_reduction == "sum_per_sample" else share
 
     score = rows(weight * reduced)
     penalty = shift = mass = constant = None

@@ -29,6 +29,7 @@ noise_op = register(
         Implementation("torch", ("cpu", "cuda"), noise_torch),
     ],
     fake=_noise_fake,
+    serves=["d3diff.noise"],
 )
 
 # The inner op of the head: what happens to a chunk's logits between the matrix products.
@@ -95,6 +96,7 @@ head_op = register(
     fake=_head_fake,
     setup_context=_head_setup_context,
     backward=_head_backward,
+    serves=["d3diff.loss", "d3diff.joint_loss", "d3diff.next_token_loss"],
 )
 
 
@@ -182,6 +184,7 @@ logits_op = register(
     fake=_logits_fake,
     setup_context=_logits_setup_context,
     backward=_logits_backward,
+    serves=["d3diff.loss_from_logits"],
 )
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import expect, expect_choice, expect_tensor
+from .._autocast import autocast_dtype
+from .._checks import expect, expect_choice, expect_int, expect_tensor
 from .activation_torch import ACTIVATIONS, GATED
 from .ops import arrange_op, experts_op, mix_op, route_op
 
@@ -88,12 +89,16 @@ def route(
     Raises:
         ValueError: naming the argument.
     """
+    expect(isinstance(group_sizes, Sequence), "group_sizes", "a size for each group", type(group_sizes))
     sizes = tuple(group_sizes)
-    expect(len(sizes) > 0 and min(sizes) > 0, "group_sizes", "a positive size for each group", sizes)
+    expect(len(sizes) > 0, "group_sizes", "a positive size for each group", sizes)
+    for size in sizes:
+        expect_int(size, "group_sizes", 1)
     expect_tensor(logits, "logits", shape=["T", sum(sizes)], dtypes=_FLOATS)
     expect_tensor(group_ids, "group_ids", shape=[logits.shape[0]], dtypes=_INTS, device_of=("logits", logits))
-    expect(1 <= top_k <= min(sizes), "top_k", f"1 <= top_k <= {min(sizes)}, the smallest group", top_k)
-    expect(shared >= 0, "shared", "shared >= 0", shared)
+    expect_int(top_k, "top_k", 1)
+    expect(top_k <= min(sizes), "top_k", f"1 <= top_k <= {min(sizes)}, the smallest group", top_k)
+    expect_int(shared, "shared", 0)
     coefs = [float(balance_coef)] * len(sizes) if isinstance(balance_coef, (int, float)) else list(balance_coef)
     expect(len(coefs) == len(sizes), "balance_coef", f"one value or {len(sizes)}, one a group", coefs)
     expect_choice(scoring, "scoring", ("softmax", "sigmoid"))
@@ -127,7 +132,7 @@ def arrange(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
     """
     expect_tensor(expert, "expert", shape=["T", "K"], dtypes=_INTS)
     expect_tensor(weight, "weight", shape=list(expert.shape), dtypes=_FLOATS, device_of=("expert", expert))
-    expect(num_experts >= 1, "num_experts", "at least 1", num_experts)
+    expect_int(num_experts, "num_experts", 1)
     expert = expert.long()
     counts, offsets, order = arrange_op(expert, num_experts)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -136,6 +141,11 @@ def arrange(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
     return Routing(
         weight, expert, counts, offsets, order, frequency.to(weight.dtype), zero.expand(num_experts), zero, zero
     )
+
+
+def expect_routing(value: object) -> None:
+    """Check that `value` is a `Routing`."""
+    expect(isinstance(value, Routing), "routing", "a Routing, of route or arrange", type(value).__name__)
 
 
 def fit_experts(
@@ -149,8 +159,8 @@ def fit_experts(
     held: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """x and the parameters of `held` experts, cast as autocast says, once each argument fits the others."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
         b_in, b_out = (None if bias is None else bias.to(dtype) for bias in (b_in, b_out))
     expect_choice(activation, "activation", ACTIVATIONS)
@@ -158,6 +168,10 @@ def fit_experts(
     tokens, hidden = x.shape
     dtypes, device_of = (x.dtype,), ("x", x)
     expect_tensor(routing.weight, "routing.weight", shape=[tokens, "S"], dtypes=_FLOATS, device_of=device_of)
+    for name in ("order", "offsets"):  # a kernel reads as many of them as there are slots and experts
+        size = routing.weight.numel() if name == "order" else len(routing.counts) + 1
+        index, argument = getattr(routing, name), f"routing.{name}"
+        expect_tensor(index, argument, shape=[size], dtypes=(torch.int64,), device_of=device_of)
     expect_tensor(w_out, "w_out", shape=[held, "F", hidden], dtypes=dtypes, device_of=device_of)
     width = w_out.shape[1] * (2 if activation in GATED else 1)
     expect_tensor(w_in, "w_in", shape=[held, hidden, width], dtypes=dtypes, device_of=device_of)
@@ -202,7 +216,8 @@ def experts(
     Raises:
         ValueError: naming the argument.
     """
-    x, *parameters = fit_experts(x, routing, w_in, b_in, w_out, b_out, activation, routing.counts.shape[0])
+    expect_routing(routing)
+    x, *parameters = fit_experts(x, routing, w_in, b_in, w_out, b_out, activation, len(routing.counts))
     y: Tensor = experts_op(x, routing.weight, routing.order, routing.offsets, *parameters, activation)[0]
     return y
 
@@ -224,7 +239,7 @@ def mix(x: Tensor, coef: Tensor, injected: Tensor) -> Tensor:
         ValueError: naming the argument.
     """
     expect_tensor(x, "x", shape=["B", "L", "D"], dtypes=_FLOATS)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device) is not None:
         injected = injected.to(x.dtype)
     batch, length, hidden = x.shape
     expect_tensor(injected, "injected", shape=[batch, "M", length, hidden], dtypes=(x.dtype,), device_of=("x", x))

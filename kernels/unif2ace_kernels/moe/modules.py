@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import expect, expect_choice, expect_tensor
+from .._autocast import without_autocast
+from .._checks import expect, expect_choice, expect_int, expect_tensor
 from .activation_torch import ACTIVATIONS, GATED
 from .functions import Routing, experts, route
 from .parallel import parallel_experts
@@ -78,9 +79,14 @@ class GroupedMoE(nn.Module):
         super().__init__()
         expect_choice(activation, "activation", ACTIVATIONS)
         expect_choice(scoring, "scoring", ("softmax", "sigmoid"))
+        for name, value in (("hidden", hidden), ("expert_width", expert_width), ("groups", groups), ("top_k", top_k)):
+            expect_int(value, name, 1)
         sizes = (experts_per_group,) * groups if isinstance(experts_per_group, int) else tuple(experts_per_group)
         expect(len(sizes) == groups, "experts_per_group", f"one number or {groups}, one a group", sizes)
-        expect(1 <= top_k <= min(sizes), "top_k", f"1 <= top_k <= {min(sizes)}, the smallest group", top_k)
+        for size in sizes:
+            expect_int(size, "experts_per_group", 1)
+        expect(top_k <= min(sizes), "top_k", f"1 <= top_k <= {min(sizes)}, the smallest group", top_k)
+        expect_int(shared_width, "shared_width", 0)
         expect(
             shared_width % expert_width == 0, "shared_width", f"a multiple of expert_width {expert_width}", shared_width
         )
@@ -104,6 +110,14 @@ class GroupedMoE(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(sum(sizes), device=device) if needs_bias else None)
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        sizes = "+".join(map(str, self.group_sizes))
+        shared = f", shared_width={self.shared * self.expert_width}" if self.shared else ""
+        return (
+            f"hidden={self.hidden}, expert_width={self.expert_width}, experts={sizes}, top_k={self.top_k}{shared}, "
+            f"activation={self.activation}, bias={self.experts_b_in is not None}, scoring={self.scoring}"
+        )
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """As nn.Linear's: uniform in +-1 / sqrt(inputs); biases zero; router weights normal, 0.02."""
@@ -122,7 +136,7 @@ class GroupedMoE(nn.Module):
         expect_tensor(x, "x", shape=[*[None] * (x.dim() - 1), self.hidden])
         expect_tensor(group_ids, "group_ids", shape=list(x.shape[:-1]))
         tokens = x.reshape(-1, self.hidden)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             dtype = torch.promote_types(tokens.dtype, torch.float32)
             logits = F.linear(tokens.to(dtype), self.router_weight.to(dtype))
         routing = route(

@@ -112,6 +112,7 @@ route_op = register(
     fake=_route_fake,
     setup_context=_route_setup,
     backward=_route_autograd,
+    serves=["moe.route"],
 )
 
 
@@ -126,6 +127,7 @@ arrange_op = register(
         _torch(arrange_torch.forward),
     ],
     fake=lambda expert, experts: tuple(expert.new_empty(size) for size in (experts, experts + 1, expert.numel())),
+    serves=["moe.arrange"],
 )
 
 
@@ -187,6 +189,7 @@ experts_op = register(
     fake=_experts_fake,
     setup_context=_experts_setup,
     backward=_experts_autograd,
+    serves=["moe.experts", "moe.parallel_experts"],
 )
 
 
@@ -222,4 +225,5 @@ mix_op = register(
     fake=lambda x, coef, injected: x.new_empty(x.shape),
     setup_context=_mix_setup,
     backward=_mix_autograd,
+    serves=["moe.mix"],
 )

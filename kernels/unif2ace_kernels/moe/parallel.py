@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functions import Routing, arrange, experts, fit_experts
+from .functions import Routing, arrange, expect_routing, experts, fit_experts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,6 +72,7 @@ def parallel_experts(
     Raises:
         ValueError: naming the argument, before anything is sent.
     """
+    expect_routing(routing)
     total, ranks, own = len(routing.counts), dist.get_world_size(group), local_experts(len(routing.counts), group)
     held = own.stop - own.start
     x, w_in, b_in, w_out, b_out = fit_experts(x, routing, w_in, b_in, w_out, b_out, activation, held)

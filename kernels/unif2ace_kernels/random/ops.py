@@ -29,6 +29,7 @@ _gumbel = register(
         Implementation("torch", ("cpu", "cuda"), _gumbel_torch),
     ],
     fake=_gumbel_fake,
+    serves=["random.gumbel"],
 )
 
 

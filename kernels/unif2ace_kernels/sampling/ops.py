@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._checks import expect, expect_choice, expect_tensor
+from .._checks import expect, expect_choice, expect_int, expect_pair, expect_tensor
 from .._library import KERNEL_DTYPES, Implementation, compiled, register
 from .._triton import triton_implementation
 from . import draw_torch
@@ -58,6 +58,7 @@ _sample_logits = register(
         Implementation("torch", _TORCH, draw_torch.sample_logits),
     ],
     fake=_fake_sample_logits,
+    serves=["sampling.sample_from_logits"],
 )
 _sample_hidden = register(
     f"sample_hidden(Tensor h_cond, Tensor? h_uncond, Tensor weight, Tensor? bias, {_DRAW}",
@@ -67,6 +68,7 @@ _sample_hidden = register(
         Implementation("torch", _TORCH, draw_torch.sample_hidden),
     ],
     fake=_fake_sample_hidden,
+    serves=["sampling.sample_from_hidden"],
 )
 _remask = register(
     "remask(Tensor confidence, Tensor unknown, Tensor count, Tensor rows, Tensor seed, Tensor offset, "
@@ -78,6 +80,7 @@ _remask = register(
         Implementation("torch", _TORCH, draw_torch.remask),
     ],
     fake=lambda confidence, unknown, *_: torch.empty_like(unknown),
+    serves=["sampling.remask"],
 )
 
 
@@ -88,7 +91,7 @@ def word(value: Tensor | int, argument: str, device: torch.device) -> Tensor:
         expect(value.numel() == 1, argument, "one element", f"shape {list(value.shape)}")
         expect(value.device == device, argument, f"device {device} (as ids)", value.device)
         return value.reshape(())
-    expect(isinstance(value, int) and 0 <= value < 2**63, argument, "an int in [0, 2**63)", repr(value))
+    expect_int(value, argument, 0, 2**63)
     return torch.full((), value, dtype=torch.int64, device=device)  # a fill: a copy would wait for a GPU
 
 
@@ -107,13 +110,14 @@ def _draw_arguments(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Check what the two samplers share and flatten it to the op's arguments, from `ids` on."""
     expect_tensor(ids, "ids", dtypes=[torch.int64])
+    expect_pair(code_range, "code_range")
     first, stop = code_range
     expect(0 <= first < stop <= width, "code_range", f"0 <= first < stop <= {width} (the head's columns)", code_range)
     expect(has_uncond or guidance == 0, "guidance", "0 without an unconditional branch", guidance)
     expect(abs(guidance) < float("inf"), "guidance", "a finite number", guidance)
     in_range = temperature == 0 or 1e-6 <= temperature < float("inf")
     expect(in_range, "temperature", "0 or a finite number >= 1e-6", temperature)
-    expect(isinstance(top_k, int) and top_k >= 0, "top_k", "an int >= 0 (0: no filter)", repr(top_k))
+    expect_int(top_k, "top_k", 0)
     expect(0 < top_p <= 1, "top_p", "a number in (0, 1] (1: no filter)", top_p)
     expect_choice(confidence, "confidence", CONFIDENCES)
     if unknown is None:
@@ -186,7 +190,7 @@ def sample_from_logits(
     if uncond is not None:
         flat_uncond = _same_leading(uncond, "uncond", ids, cond.shape[-1])
         expect_tensor(uncond, "uncond", dtypes=[cond.dtype])
-    code_range = (0, cond.shape[-1]) if code_range is None else tuple(code_range)
+    code_range = (0, cond.shape[-1]) if code_range is None else code_range
     arguments = _draw_arguments(
         ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence,
         cond.shape[-1], uncond is not None, compact,
@@ -229,7 +233,7 @@ def sample_from_hidden(
         expect_tensor(h_uncond, "h_uncond", dtypes=[h_cond.dtype])
     if bias is not None:
         expect_tensor(bias, "bias", shape=(width,), dtypes=_FLOATS, device_of=("ids", ids))
-    code_range = (0, width) if code_range is None else tuple(code_range)
+    code_range = (0, width) if code_range is None else code_range
     arguments = _draw_arguments(
         ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence,
         width, h_uncond is not None, compact,

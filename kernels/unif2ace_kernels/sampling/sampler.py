@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._checks import expect, expect_choice, expect_tensor
+from .._checks import expect, expect_choice, expect_int, expect_tensor
 from .._philox import REMASK_STREAM, uniform, words_at
 from .graph import StepGraph
 from .ops import remask, sample_from_hidden, sample_from_logits, word
@@ -148,7 +148,7 @@ class MaskedDiffusionSampler:
     )
 
     def __post_init__(self) -> None:
-        expect(isinstance(self.steps, int) and self.steps >= 1, "steps", "an int >= 1", repr(self.steps))
+        expect_int(self.steps, "steps", 1)
         if not callable(self.schedule):
             expect_choice(self.schedule, "schedule", tuple(SCHEDULES))
         for name, choices in (
