@@ -7,6 +7,12 @@ pytest and the peers may come along as wheels in .whl, which are unpacked aside.
 Stages run one after the other, each in a process of its own with its own slice of the time that is left; one that
 fails, hangs or crashes does not stop the next. Left in DIR, valid after every stage: gpu.json (what each stage did),
 benches.jsonl (see run.py), stages.log (all output). The exit status is 1 if a stage failed.
+
+The main results come first. "check" makes each of their calls once, ours and the peers', on all cores: so what is wrong
+is known within a minute or two, and the kernels that are timed afterwards lie compiled in Triton's cache, whose
+compilation one by one would take longer than the timing. Tests follow, then launch choices (sweep.py), then the rest.
+The output ends with a line a case: our time, its share of what the device could do, and the fastest other contender; a
+candidate of a sweep below x1 is one to put into the room's configs.py.
 """
 
 from __future__ import annotations
@@ -26,9 +32,19 @@ from .environment import MODEL_NEEDS, ROOT, commit, not_found, versions
 from .stages import Stage, run_stages, summary
 
 NO_CUDA = "no CUDA device"
+BUDGET_S = 530  # where a GPU is shared, a command often has ten minutes
 CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
 _PYTHON = sys.executable
 _OF_MODEL = ("model.step", "model.block", "model.forward", "sampling.generate", "transformers.experts")
+# What the package is chosen by: op, shape, and the most seconds it may take.
+_MAIN_DTYPE = "bfloat16"
+_MAIN = [
+    ("moe.layer", "swiglu-24k", 30),
+    ("moe.layer", "gpu-core", 100),
+    ("d3diff.loss", "x256 slice", 45),
+    ("d3diff.next_token_loss", "paper-16x256", 25),
+    ("sampling", "paper-64x256", 35),
+]
 _FIRST_IMPORT_S = 200  # of torch, on a machine that has not read its files before
 
 _REPORT = """
@@ -51,6 +67,40 @@ for part, reason in missing.items():
 tools = {"c++": "c++", "cuda c++": "nvcc"}
 sys.exit(any(part in missing and shutil.which(tool) for part, tool in tools.items()))
 """
+# The exit statuses of processes that are told their number and how many they are; their lines as they come.
+_ON_EVERY_CORE = """
+import concurrent.futures, os, subprocess, sys
+def on_every_core(processes, script, *arguments):
+    def run(first):
+        command = [sys.executable, "-c", script, str(first), str(processes), *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+        return process.wait()
+    with concurrent.futures.ThreadPoolExecutor(processes or 1) as pool:
+        return set(pool.map(run, range(processes)))
+"""
+# Every contender of the cases asked for is called once and compared; the launch choices' cases if none are asked for.
+_CHECK_SHARE = """
+import json, sys, torch
+from benchmarks import run, sweep
+from benchmarks.cases import cases_of
+first, step, how, *asked = sys.argv[1:]
+known = cases_of("moe")  # those of all kernels, without the model's
+chosen = [case for each in asked for case in run.select(known, device="cuda", smoke=False, **json.loads(each))]
+chosen = chosen if asked else list(sweep.cases("", "", "cuda", known, sweep.KNOBS))
+chosen = chosen[int(first)::int(step)]
+if how == "list":
+    sys.exit(print(*(case.name for case in chosen), sep="\\n"))
+records = run.run_all(chosen, torch.device("cuda"), None, timing=False, compiling=False)
+sys.exit(1 if run.failures(records) else 0)
+"""
+_CHECK = (
+    _ON_EVERY_CORE
+    + """
+sys.exit(1 if on_every_core(os.cpu_count(), *sys.argv[1:]) - {0} else 0)
+"""
+)
 # A process a core, each with its share of every file's tests: most of their time goes into compiling kernels, and the
 # variants of one test compile different ones. Whether a file has tests for a GPU is seen in its text, since importing
 # torch to find none would cost seconds a file.
@@ -63,24 +113,19 @@ class Share:
         items[:] = items[int(first)::int(step)]
 sys.exit(pytest.main(arguments, plugins=[Share()]))
 """
-_TESTS = """
-import concurrent.futures, glob, os, subprocess, sys
+_TESTS = (
+    _ON_EVERY_CORE
+    + """
+import glob
 share, folder, which, *arguments = sys.argv[1:]
 files = sorted(glob.glob(f"tests/{folder}/test_*.py"))
 if which == "gpu":
     files = [file for file in files if "mark.gpu" in open(file).read()]
-processes = os.cpu_count() if files else 0
 options = ["-v", "-ra", "-p", "no:cacheprovider", "--continue-on-collection-errors", *arguments]
-def run(first):
-    command = [sys.executable, "-c", share, str(first), str(processes), *options, *files]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        print(line, end="", flush=True)
-    return process.wait()
-with concurrent.futures.ThreadPoolExecutor(processes or 1) as pool:
-    codes = set(pool.map(run, range(processes))) or {5}
+codes = on_every_core(os.cpu_count() if files else 0, share, *options, *files) or {5}
 sys.exit(1 if codes - {0, 5} else min(codes))
 """
+)
 _EXPLAIN = """
 import sys, torch
 from unif2ace_kernels import d3diff, moe, random, sampling
@@ -157,12 +202,17 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         command = _python("-c", _TESTS, _SHARE, folder, which, "-m", marks, *collect)
         return Stage(name, command, seconds, absent("pytest") or missing or needs_cuda, empty_code=5)
 
-    def bench(op: str, shape: str, seconds: float, *more: str, each: float = 1) -> Stage:
+    def bench(op: str, shape: str, seconds: float, *more: str, each: float = 1, dtype: str = "") -> Stage:
         how = ["--list", "--device", "cuda"] if dry_run else ["--device", "cuda", "--json", str(out / "benches.jsonl")]
-        command = _python("-m", "benchmarks.run", "--op", op, "--shape", shape, "--seconds", str(each), *how, *more)
-        compiled = ["compiled"] if "torch.compile" in more else []
+        command = _python("-m", "benchmarks.run", "--op", op, "--shape", shape, "--dtype", dtype, *more)
+        compiled = "compiled" if "torch.compile" in more else ""
+        name = " ".join(filter(None, ["bench", op, shape, dtype, compiled]))
         missing = no_model if op in _OF_MODEL else None
-        return Stage(" ".join(filter(None, ["bench", op, shape, *compiled])), command, seconds, missing or needs_cuda)
+        return Stage(name, [*command, "--seconds", str(each), *how], seconds, missing or needs_cuda)
+
+    def check(name: str, seconds: float, asked: Sequence[Mapping[str, str]]) -> Stage:
+        how = "list" if dry_run else "check"
+        return Stage(name, _python("-c", _CHECK, _CHECK_SHARE, how, *map(json.dumps, asked)), seconds, needs_cuda)
 
     def sweep(knob: str, seconds: float) -> Stage:
         how = ["--list"] if dry_run else ["--json", str(out / "benches.jsonl")]
@@ -184,24 +234,28 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
 
     smallest = ["--smoke", "--op", "random", "--device", device, "--json", str(out / "benches.jsonl")]
     return [
+        check("check", 120, [{"op": op, "shape": shape, "dtype": _MAIN_DTYPE} for op, shape, _ in _MAIN]),
+        *(bench(op, shape, slice_s, "--no-compile", dtype=_MAIN_DTYPE) for op, shape, slice_s in _MAIN),
+        bench("model.step", "base", 75, "--no-compile"),
+        bench("sampling.generate", "base", 50, "--no-compile"),
         Stage("build", _python("-c", _BUILD), 150, not_dry, archs),
         Stage("explain", _python("-c", _EXPLAIN, device), 120),
         Stage("bench smallest", _python("-m", "benchmarks.run", *smallest), 120),
         tests("tests gpu", "kernels", "gpu", "gpu", 200),
-        bench("moe.layer", "gpu-core", 110, "--no-compile"),
-        bench("d3diff.loss", "x256 slice", 70, "--no-compile"),
-        bench("sampling", "paper-64x256", 60, "--no-compile"),
-        bench("model.step", "base", 90, "--no-compile"),
-        bench("sampling.generate", "base", 60, "--no-compile"),
+        check("sweep check", 150, []),
+        sweep("moe.layer", 200),
+        sweep("d3diff.loss", 90),
+        sweep("sampling", 60),
         bench("moe.route", "router", 40, "--no-compile"),
         bench("moe.mix", "paper-16", 30, "--no-compile"),
-        bench("d3diff.n", "paper-16x256", 30, "--no-compile"),
         bench("random", "paper", 20),
         sanitizer("memcheck", "", 120),
         tests("tests gpu model", "unif2ace", "gpu", "gpu", 150, no_model),
         bench("", "scaling", 120, "--no-compile", each=0.3),
         tests("tests kernels", "kernels", "all", "not slow and not gpu", 150),
+        bench("d3diff", "paper-16x256", 60, "--no-compile", dtype="float32"),
         bench("d3diff.loss", "x1024 slice", 60, "--no-compile"),
+        bench("sampling", "paper-64x256", 60, "--no-compile", dtype="float32"),
         bench("d3diff.loss", "paper-16x256", 80, "--against", "torch.compile"),
         bench("moe.layer", "paper-16k", 80, "--against", "torch.compile"),
         bench("sampling", "paper-16", 60, "--against", "torch.compile"),
@@ -211,16 +265,34 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         bench("transformers.experts", "olmoe", 60, "--no-compile"),
         sanitizer("racecheck", "moe.route", 60),
         bench("moe.layer", "gpu-grid", 200, "--no-compile"),
-        sweep("moe.layer", 400),
-        sweep("d3diff.loss", 200),
-        sweep("sampling", 100),
     ]
+
+
+def digest(lines: Sequence[str]) -> list[str]:
+    """A line for each case of result lines: our time, or why there is none; series are left to their pages."""
+    from .results import results_of  # brings torch, which this process does without before
+
+    found = []
+    for result in results_of(lines)[0]:
+        ours, fastest = result.ours, result.peers[:1]
+        name = " ".join(result[key] for key in ("op", "shape", "dtype", "mode"))
+        if not result.measured:
+            reason = str(ours.get("reason", "not timed")).strip().splitlines()[-1]
+            found.append(f"{name}: {ours['status']}, {reason}")
+        elif not result.axis:
+            time_and_share = f"{ours['median_ms']:.3f} ms, {100 * ours['share_of_floor']:.0f} % of the floor's rate"
+            found.append(f"{name}: {time_and_share}" + "".join(f", {_contender(each)}" for each in fastest))
+    return found
+
+
+def _contender(record: Mapping) -> str:
+    return f"{record['contender']} x{record['times_ours']:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, benches.jsonl and stages.log")
-    parser.add_argument("--budget", type=float, default=500, help="seconds for everything together")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything together")
     parser.add_argument("--stages", default="", help="comma-separated beginnings of the stages' names; all if empty")
     parser.add_argument("--dry-run", action="store_true", help="start every stage on next to nothing, CUDA or not")
     options = parser.parse_args(arguments)
@@ -237,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = [stage for stage in plan(found, out, dry_run=options.dry_run, path=path) if stage.name.startswith(wanted)]
     report = run_stages(stages, out, deadline, head, path)
     words, status = summary(report)
+    benches = out / "benches.jsonl"
+    print("\n".join(digest(benches.read_text().splitlines() if benches.exists() else [])))
     print(f"{words}; results in {out}")
     return status
 

@@ -179,12 +179,16 @@ def ceilings(device: torch.device) -> Record:
     }
 
 
-def select(cases: Iterable[Case], *, op: str, shape: str, device: str, smoke: bool) -> list[Case]:
-    """The cases asked for: those of `device`, of the tiny set or not, whose op and shape begin and match so."""
+def select(cases: Iterable[Case], *, op: str, shape: str, device: str, smoke: bool, dtype: str = "") -> list[Case]:
+    """The cases asked for: those of `device`, of the tiny set or not, whose op, shape and dtype begin and match so."""
     return [
         case
         for case in cases
-        if case.op.startswith(op) and shape in case.shape and case.smoke == smoke and device in case.devices
+        if case.op.startswith(op)
+        and shape in case.shape
+        and case.smoke == smoke
+        and device in case.devices
+        and dtype in str(case.dtype)
     ]
 
 
@@ -247,6 +251,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--op", default="", help="only ops whose name starts so, e.g. moe or d3diff.loss")
     parser.add_argument("--shape", default="", help="only shapes whose name contains this, e.g. paper")
+    parser.add_argument("--dtype", default="", help="only this dtype, e.g. bfloat16")
     parser.add_argument("--against", default="", help="only baselines whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on timing each case")
@@ -262,7 +267,8 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         from .cases import cases_of
 
         cases = cases_of(options.op)
-    chosen = select(cases, op=options.op, shape=options.shape, device=options.device, smoke=options.smoke)
+    asked = {"op": options.op, "shape": options.shape, "dtype": options.dtype}
+    chosen = select(cases, **asked, device=options.device, smoke=options.smoke)
     if options.list:
         for case in chosen:
             print(f"{case.name:<60} {case.source}")

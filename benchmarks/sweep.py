@@ -77,7 +77,7 @@ def _experts(kernel: str) -> dict[str, Callable]:
     """Launches of one of the experts' kernels; the others keep theirs."""
     tiles = [
         (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
-        (128, 128, 64, 4, 4), (128, 128, 32, 8, 4), (64, 256, 64, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+        (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (64, 256, 64, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
     ]  # fmt: skip
 
     def launch(m: int, n: int, k: int, group: int, warps: int, stages: int) -> Callable:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 import zipfile
@@ -136,6 +138,57 @@ def test_gpu_plan_asks_for_cases_and_knobs_that_exist(tmp_path: Path) -> None:
         assert run.select(CASES, op=op, shape=shape, device="cuda", smoke=False), (op, shape)
     for command in sweeps:
         assert any(knob.name.startswith(command[command.index("--knob") + 1]) for knob in KNOBS)
+
+
+def test_gpu_main_results_are_checked_first_and_fit_in_one_call(tmp_path: Path) -> None:
+    plan = gpu.plan({"cuda": True}, tmp_path, dry_run=False)
+    names = [stage.name for stage in plan]
+    main = plan[: names.index("build")]
+    assert names[0] == "check" and {"bench model.step base", "bench sampling.generate base"} <= set(names[: len(main)])
+    assert sum(stage.seconds for stage in main) <= 530 - 50  # what machine() and imports take
+    assert f"BUDGET ?= {gpu.BUDGET_S}" in (stages.ROOT / "Makefile").read_text()
+
+    timed = [stage.command for stage in main if "bfloat16" in stage.command]
+    asked = [{name: command[command.index(f"--{name}") + 1] for name in ("op", "shape", "dtype")} for command in timed]
+    wanted = {case.name for each in asked for case in run.select(CASES, **each, device="cuda", smoke=False)}
+    listed = [
+        [sys.executable, *arguments]
+        for arguments in (
+            ["-c", gpu._CHECK_SHARE, str(first), "2", "list", *map(json.dumps, asked)] for first in (0, 1)
+        )
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{stages.ROOT}{os.pathsep}{stages.ROOT / 'kernels'}"}
+    found = [subprocess.check_output(command, text=True, env=environment).split("\n")[:-1] for command in listed]
+    assert sorted(found[0] + found[1]) == sorted(wanted) and abs(len(found[0]) - len(found[1])) <= 1
+    assert main[0].command[4:] == ["check", *map(json.dumps, asked)]
+
+
+def test_gpu_check_fails_where_any_share_fails(tmp_path: Path) -> None:
+    def status(share: str) -> str:
+        command = [*python(f"import os; os.cpu_count = lambda: 2\n{gpu._CHECK}"), share]
+        return stages.run_stage(stages.Stage("check", command, 60), 60, tmp_path / "log")["status"]
+
+    assert status("import sys; print(sys.argv[1:])") == "ok"
+    assert status("import sys; sys.exit(sys.argv[1] == '1')") == "failed"
+    assert status("import os, sys; sys.argv[1] == '0' and os.abort()") == "failed"
+
+
+def test_gpu_digest_has_a_line_for_each_case() -> None:
+    base = {"shape": "s", "dtype": "bfloat16", "mode": "forward", "status": "ok", "compared": True}
+    took = {"median_ms": 2.0, "share_of_floor": 0.5, "times_ours": 1.0}
+    lines = [
+        {**base, **took, "op": "moe.layer", "contender": "ours"},
+        {**base, **took, "op": "moe.layer", "contender": "slow", "times_ours": 3.0},
+        {**base, **took, "op": "moe.layer", "contender": "fast", "times_ours": 0.875},
+        {**base, **took, "op": "moe.layer", "contender": "dense", "times_ours": 0.5, "compared": False},
+        {**base, **took, "op": "moe.mix", "contender": "ours", "axis": "T"},
+        {**base, "op": "random", "contender": "ours", "status": "error", "reason": "a\nout of memory\n"},
+        {"op": "ceilings"},
+    ]
+    assert gpu.digest([json.dumps(line) for line in lines]) == [
+        "moe.layer s bfloat16 forward: 2.000 ms, 50 % of the floor's rate, fast x0.88",
+        "random s bfloat16 forward: error, out of memory",
+    ]
 
 
 def test_gpu_dry_run_leaves_results(tmp_path: Path) -> None:

@@ -33,18 +33,20 @@ def gpu_points() -> Iterator[tuple[str, Layer]]:
 
     "gpu-core" is for a run of a few minutes: the middle, more tokens, wider experts, skewed loads and mixes.
     """
+    core: list[list[Layer]] = []
+    rest: list[Layer] = []
     for activation in ("gelu_tanh", "swiglu"):
         middle = Layer(16384, 2048, 512, 8, 4, 0, activation, bias=activation == "gelu_tanh", compiles=False)
-        core = [middle, replace(middle, T=4096), replace(middle, F=1024), replace(middle, load="zipf", first=0.9)]
-        rest = [
+        core.append([middle, replace(middle, T=4096), replace(middle, F=1024), replace(middle, load="zipf", first=0.9)])
+        rest += [
             *(replace(middle, T=T) for T in (1024, 32768)),
             *(replace(middle, F=F) for F in (256, 2048)),
             *(replace(middle, N=N) for N in (4, 16)),
             *(replace(middle, load=load) for load in ("zipf", "one-hot")),
             *(replace(middle, first=first) for first in (1.0, 0.9)),
         ]
-        yield from (("gpu-core", point) for point in core)
-        yield from (("gpu-grid", point) for point in rest)
+    yield from (("gpu-core", point) for both in zip(*core) for point in both)
+    yield from (("gpu-grid", point) for point in rest)
 
 
 def name_of(prefix: str, size: Layer) -> str:
