@@ -54,9 +54,9 @@ def _label_rows(ax: Axes, names: Sequence[str]) -> None:
     ax.set_axisbelow(True)
 
 
-def _spread(row: int, index: int, count: int, height: float = 0.5) -> float:
+def _spread(row: int, index: int, count: int) -> float:
     """Points of a row beside each other, so that none hides another."""
-    return row + height * ((index + 0.5) / count - 0.5)
+    return row + 0.5 * ((index + 0.5) / count - 0.5)
 
 
 def _of_dtype(ax: Axes, results: Sequence[Result], colour: str) -> None:

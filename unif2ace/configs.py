@@ -162,6 +162,8 @@ class UniF2aceConfig(PreTrainedConfig):
         semantic_source: what gives the semantic features: "clip", an encoder outside the model, or "image_tokenizer",
             whose latents stand in for one.
         token_moe, sequence_moe: the two levels of experts; None leaves one out.
+        vocabulary, loss: see `VocabularyConfig` and `LossConfig`.
+        initializer_range: standard deviation of fresh weights.
         image_tokenizer: ``{"kind": "lfq" or "magvit", ...its sizes}`` where the model carries its image tokenizer.
         eos_token_id: the text tokenizer's end-of-text token, which also begins a text.
 

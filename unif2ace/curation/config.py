@@ -90,6 +90,7 @@ class QuestionsConfig:
     prompt: by name or file.
     count: pairs asked for.
     facts: attributes that the writer is told, drawn by lot; 0: all.
+    apart: each pair is asked for by itself, with `facts` of its own.
     unsupported: keep pairs that no attribute speaks for or against.
     longest_question, longest_answer: in words.
     alike: share of words from which two questions on one face are one.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from unif2ace.data.samples import Sample, SampleError
+from unif2ace.encoders import LATENTS
 from unif2ace.errors import UserError, first_line
 from unif2ace.files import digest, read_json
 from unif2ace.model.image_tokenizer import to_images
@@ -21,7 +22,6 @@ from unif2ace.pictures import resized
 
 FRAMES = ("face", "square")
 FEATURES_SIDE = 256  # pixels a side of what encoders see, more where the image tokenizer sees more
-LATENTS = "image_tokenizer"  # in place of a semantic encoder: the image tokenizer's latents
 _OLD = "tokenizer"  # as manifests call them, whose shards hang on every word
 
 

@@ -23,8 +23,9 @@ from unif2ace.errors import UserError
 SEMANTIC = ("clip", "open-clip")
 IDENTITY = ("antelopev2", "arcface-mbf", "sface")
 KINDS = (*SEMANTIC, *IDENTITY)
+LATENTS = "image_tokenizer"  # in the place of a semantic encoder: the image tokenizer's own latents
 
-__all__ = ["IDENTITY", "KINDS", "SEMANTIC", "Encoder", "FaceCountError", "FeatureCache", "encoder"]
+__all__ = ["IDENTITY", "KINDS", "LATENTS", "SEMANTIC", "Encoder", "FaceCountError", "FeatureCache", "encoder"]
 
 
 def encoder(kind: str, path: Path | str | None = None, device: str | torch.device = "cpu", **options) -> Encoder:

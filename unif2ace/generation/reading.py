@@ -10,12 +10,10 @@ import torch
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.data.identity import FRAME, face_encoder
-from unif2ace.encoders import encoder
+from unif2ace.encoders import LATENTS, encoder
 from unif2ace.errors import UserError
 from unif2ace.generation.text import MAX_QUESTION, answer, answer_codes, question_ids
 from unif2ace.model.image_tokenizer import to_images
-
-OF_TOKENIZER = "image_tokenizer"  # semantic features that are the image tokenizer's own latents
 
 
 class Faces(NamedTuple):
@@ -43,9 +41,9 @@ class FaceReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         kinds = checkpoint.processor.encoders
-        identity, semantic = kinds.get("identity", "sface"), kinds.get("semantic", OF_TOKENIZER)
+        identity, semantic = kinds.get("identity", "sface"), kinds.get("semantic", LATENTS)
         self._identity = face_encoder() if identity == "sface" else encoder(identity, frame=FRAME)
-        self._semantic = None if semantic == OF_TOKENIZER else encoder(semantic)
+        self._semantic = None if semantic == LATENTS else encoder(semantic)
 
     def read(self, faces: np.ndarray) -> Faces:
         """Faces [B, side, side, 3] uint8 in the frame, as the model reads them."""

@@ -7,12 +7,10 @@ import math
 from pathlib import Path
 
 from unif2ace.checkpoint import Checkpoint, read_model
-from unif2ace.encoders import IDENTITY, SEMANTIC, Encoder, encoder
+from unif2ace.encoders import IDENTITY, LATENTS, SEMANTIC, Encoder, encoder
 from unif2ace.errors import UserError
 from unif2ace.importers.parts import DTYPES, can_write, load_image_tokenizer, model_config
 from unif2ace.importers.texts import load_text_tokenizer
-
-LATENTS = "image_tokenizer"  # as a semantic encoder: the image tokenizer's own latents
 
 
 def assemble(

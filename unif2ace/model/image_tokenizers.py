@@ -14,9 +14,7 @@ IMAGE_TOKENIZERS: dict[str, tuple[type, Any]] = {
     "magvit": (Magvit, MagvitConfig.from_dict),
 }
 
-LARGEST_SIZE = (
-    4096  # of an image tokenizer: sides, channels, and blocks, each of which is built before a weight is read
-)
+LARGEST_SIZE = 4096  # of sides, channels, and blocks, each of which is built before a weight is read
 
 
 def build_image_tokenizer(described: dict[str, Any]) -> ImageTokenizer | Magvit:

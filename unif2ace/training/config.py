@@ -139,6 +139,7 @@ class TrainConfig:
         run: its folder. checkpoint: folder of what it starts from.
         stages: one after another.
         data, encoding: rows of a step; how pictures without codes are read (shards need none).
+        optimizer, parallel, save, watch: see their classes.
         ema: decay of the average of the weights that is exported; 0: none is kept.
         max_skipped: steps without a finite gradient that are passed over before the run stops with a report.
         seed: of what a rank draws besides the data, whose own seed is in `data`.
