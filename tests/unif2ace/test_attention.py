@@ -120,17 +120,6 @@ def test_the_last_queries_of_a_longer_key_axis(rows, implementation, queries):
     assert_close(out[real], truth(q, k, v, rows, rows.length - queries)[real])
 
 
-@pytest.mark.parametrize("first", [0, 2, 5, 8])
-def test_queries_anywhere_among_the_keys(rows, implementation, first):
-    """A cache with room behind what it holds; the place as a number or, as a cache keeps it, a tensor."""
-    q, k, v = rows.qkv(3, dtype_of(implementation))
-    real = rows.facts[0][:, first : first + 3]
-    expected = truth(q, k, v, rows, first)
-    for place in (first, torch.tensor(first)):
-        out = attend(q, k, v, rows.visibility(queries=3, first_query=place), implementation).transpose(1, 2)
-        assert_close(out[real], expected[real])
-
-
 def test_everything_but_padding_is_seen_by_any_number_of_queries(implementation):
     """A face after its cached caption, and some of its rows alone."""
     rows = Rows([(T2I, 3, 11, 0, 9), (T2I, 0, 14, 0, 9)])
@@ -198,7 +187,7 @@ def test_nothing_is_read_on_the_host():
     facts = [each.to("meta") for each in BATCHES["mixed"].facts[:3]]
     for visibility in (
         Visibility(*facts, N),
-        Visibility(*facts, N, queries=2, first_query=torch.tensor(3, device="meta")),
+        Visibility(*facts, N, queries=2),
         Visibility.everything(facts[0]),
     ):
         queries = visibility.queries or 5

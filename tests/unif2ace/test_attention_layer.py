@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from attention_rows import BATCHES, N, Rows, assert_close
-from transformers import DynamicCache, PretrainedConfig, StaticCache
+from transformers import DynamicCache
 
 from unif2ace.configs import MMU, T2I
 from unif2ace.model.attention import Attention, positions, rotary_table, rotate
@@ -65,20 +65,16 @@ def test_rows_padded_on_the_left_give_what_they_give_alone(layer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_token_by_token_from_a_cache(layer, kind):
-    """Prompts of unequal length with their images, then some tokens: a cache that grows, one with all its room."""
+def test_token_by_token_from_a_cache(layer):
+    """Prompts of unequal length with their images, then some tokens."""
     rows = Rows([(MMU, 0, 14, 0, 2), (MMU, 3, 11, 0, 5), (MMU, 5, 9, 0, -1)])
     valid, task, image, _ = rows.facts
     cos, sin = table_of(rows)
     x = torch.randn(len(rows.rows), rows.length, 32, dtype=torch.float64)
     want = layer(x, rows.visibility(), (cos, sin))
-    cache = DynamicCache() if kind == "dynamic" else StaticCache(PretrainedConfig(num_hidden_layers=2), 20)
+    cache = DynamicCache()
     for a, b in ((0, 10), (10, 11), (11, 13), (13, 14)):
-        room = b if kind == "dynamic" else 20
-        held = torch.nn.functional.pad(valid[:, :b], (0, room - b))
-        first = None if kind == "dynamic" else torch.as_tensor(cache.get_seq_length(1))
-        seen = Visibility(held, task, image, N, queries=b - a, first_query=first)
+        seen = Visibility(valid[:, :b], task, image, N, queries=b - a)
         got = layer(x[:, a:b], seen, (cos[:, a:b], sin[:, a:b]), past_key_values=cache)
         assert_close(got[valid[:, a:b]], want[:, a:b][valid[:, a:b]])
     assert cache.get_seq_length(0) == 0, "the layer keeps to its own place"

@@ -48,13 +48,12 @@ class Visibility:
     of date, and facts that change need a new object.
 
     Args:
-        attention_mask: [B, Lk] bool, False on padding, which may lie before and after a row's tokens; of keys that a
-            cache holds the past ones come first, and places it has not filled yet are padding.
+        attention_mask: [B, Lk] bool, False on padding, which may lie before and after a row's tokens; the keys that
+            a cache holds come first.
         task: [B] `T2I` or `MMU`.
         image_start: [B] position of the first image code, <soi> before it; -1 for a row without an image.
         image_tokens: codes of an image; <eoi> follows them.
-        queries: positions that attend, all keys when None.
-        first_query: the key that is the first query, an int or a 0-d tensor; by default the queries are the last keys.
+        queries: positions that attend, the last of the keys; all of them when None.
 
     Raises:
         ValueError: shapes that do not go together.
@@ -67,7 +66,6 @@ class Visibility:
         image_start: Tensor,
         image_tokens: int,
         queries: int | None = None,
-        first_query: int | Tensor | None = None,
     ) -> None:
         if attention_mask.dim() != 2:
             raise ValueError(f"attention_mask: expected [B, L], got {list(attention_mask.shape)}")
@@ -81,9 +79,8 @@ class Visibility:
         device = attention_mask.device
         self.attention_mask = attention_mask.to(torch.bool, copy=True)
         self.queries: int | None = queries
-        first = keys - queries if first_query is None else first_query
         # Filled on the device: a tensor made of a number on the host would be waited for.
-        self._first = first.clone() if isinstance(first, Tensor) else torch.full((), first, device=device)
+        self._first = torch.full((), keys - queries, device=device)
         paints, has_image = task == T2I, image_start >= 0
         soi, eoi = image_start - 1, image_start + image_tokens
         # [B] each: queries in [full_from, full_to) see everything, and keys before prefix_to are seen by every query.
