@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ._ops import add_op_namespace_prefix, ops
 
@@ -97,7 +98,7 @@ def register(
         serves: the public functions that run it, ``"room.name"``; `explain` takes these names too.
 
     Returns:
-        The op's default overload, ``torch.ops.unif2ace.<name>.default``.
+        The op's default overload, ``torch.ops.unif2ace.<name>.default``; with `backward`, one that refuses tangents.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -113,7 +114,21 @@ def register(
             add_op_namespace_prefix(name), backward, setup_context=setup_context, lib=_LIBRARY
         )
     op: Callable[..., Any] = getattr(ops, name).default
-    return op
+    return op if backward is None else _without_tangents(name, op)
+
+
+def _without_tangents(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, but an error where torch.library would drop a forward-mode derivative, which then reads as 0."""
+
+    def call(*arguments: Any) -> Any:
+        # No level (-1) is entered outside of forward mode: one comparison a call.
+        if forward_ad._current_level >= 0:
+            for each in arguments:
+                if isinstance(each, torch.Tensor) and forward_ad.unpack_dual(each).tangent is not None:
+                    raise RuntimeError(f"unif2ace::{name} has no forward-mode derivative; use reverse mode")
+        return op(*arguments)
+
+    return call
 
 
 def runnable(op: str, device: str) -> tuple[Implementation, ...]:

@@ -275,3 +275,13 @@ def test_joint_loss_is_the_sum_of_its_tasks(score):
     tensors = (hidden, text, weight, bias)
     wanted = gradients(0.5 * image + 0.1 * plain, *tensors)
     torch.testing.assert_close(gradients(value, *tensors), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", d3diff.READINGS)
+def test_the_mask_probability_is_a_constant(score):
+    hidden, weight, bias, targets, m = problem()
+    value, stats = d3diff.loss(hidden, weight, bias, targets, m.requires_grad_(), code_range=CODES, score=score)
+    assert not any(each.requires_grad for each in stats)
+    assert torch.autograd.grad(value, (hidden, m), allow_unused=True)[1] is None
+    value, stats = d3diff.loss_from_logits((hidden @ weight.t()).detach(), targets, m, code_range=CODES, score=score)
+    assert not any(each.requires_grad for each in (value, *stats))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unif2ace_kernels import _library
+from unif2ace_kernels import _library, d3diff, moe
 from unif2ace_kernels._library import KERNEL_DTYPES, Implementation, explain, register
 
 
@@ -51,3 +51,22 @@ def test_dtypes_that_none_takes_are_refused_by_name(op):
         call(torch.zeros(2).double(), None)
     with pytest.raises(ValueError, match="no implementation runs: tri: takes .* not float64; half: takes float16"):
         explain(name, torch.zeros(2).double())
+
+
+def _loss(x, loss=d3diff.loss_from_logits, **head):
+    return loss(x, targets=torch.zeros(2, 3, dtype=torch.int64), mask_prob=torch.ones(2), code_range=(0, 4), **head)[0]
+
+
+@pytest.mark.parametrize("function, x", [
+    (lambda x: moe.route(x, torch.zeros(6, dtype=torch.int64), (4,), 2).weight, torch.randn(6, 4)),
+    (lambda x: moe.experts(x, moe.arrange(torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), 1),
+                           torch.ones(1, 4, 5), None, torch.ones(1, 5, 4), None, activation="relu"), torch.randn(6, 4)),
+    (lambda x: moe.mix(x, torch.ones(2, 1), x.new_empty(2, 0, 3, 4)), torch.randn(2, 3, 4)),
+    (lambda x: _loss(x, d3diff.loss, weight=torch.ones(4, 5), bias=None), torch.randn(2, 3, 5)),
+    (_loss, torch.randn(2, 3, 4)),
+], ids=["route", "experts", "mix", "loss", "loss_from_logits"])  # fmt: skip
+def test_forward_mode_is_refused_where_it_would_give_zero(function, x):
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        assert function(x).isfinite().all()  # no tangent, nothing to refuse

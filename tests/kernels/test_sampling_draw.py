@@ -209,6 +209,18 @@ def test_known_tokens_stay_and_nothing_is_written_in_place():
     assert torch.equal(logp.isfinite(), chosen) and torch.equal(drawn[~chosen], ids[~chosen])
 
 
+def test_a_draw_has_no_gradient():
+    """Else a backward through the confidences would end with a warning and no gradient, or with that of one path."""
+    logits, weight = torch.randn(4, 9, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    hidden = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    for confidence in (
+        sample_from_logits(logits, None, masked(4), MASK, seed=1)[1],
+        sample_from_hidden(hidden, None, weight.double(), None, masked(4), MASK, seed=1)[1],
+    ):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            confidence.sum().backward()
+
+
 @pytest.mark.parametrize("unknown", [0, 1])
 def test_none_or_one_unknown(unknown):
     ids = torch.full((3, 5), 2)

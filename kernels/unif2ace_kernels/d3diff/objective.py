@@ -139,7 +139,7 @@ def row_weights(
 
     mask_prob [B]; sample_id [T], or None where each of the B samples has T / B rows in order.
     """
-    m = mask_prob.to(torch.float64)
+    m = mask_prob.detach().to(torch.float64)  # the backward has no gradient of it
     samples = max(m.numel(), 1)
     count, share = _count_and_share(valid)
 

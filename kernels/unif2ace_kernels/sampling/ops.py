@@ -137,6 +137,7 @@ def _same_leading(value: Tensor, argument: str, ids: Tensor, last: int | str) ->
     return value if value.stride(-1) == 1 else value.clone(memory_format=torch.contiguous_format)
 
 
+@torch.no_grad()
 def sample_from_logits(
     cond: Tensor, uncond: Tensor | None, ids: Tensor, mask_id: int, *, code_range: Sequence[int] | None = None,
     guidance: float = 0.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: Tensor | int,
@@ -199,6 +200,7 @@ def sample_from_logits(
     return drawn.view(ids.shape), value.view(ids.shape)
 
 
+@torch.no_grad()
 def sample_from_hidden(
     h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor, mask_id: int, *,
     code_range: Sequence[int] | None = None, guidance: float = 0.0, temperature: float = 1.0, top_k: int = 0,
