@@ -48,9 +48,9 @@ def by_load(p_offsets, i_rank, EXPERTS: tl.constexpr):
     # More rows first, of equals the lower number; a key takes one comparison for each of the BLOCK_E**2 pairs.
     b_count = tl.minimum(b_end - b_start, 2**31 // BLOCK_E - 1)
     b_key = b_count * BLOCK_E - o_expert
-    # [BLOCK_E, BLOCK_E]: whether the expert of the column comes before that of the row
-    before = b_key[None, :] > b_key[:, None]
-    i_expert = tl.sum(tl.where(tl.sum(before.to(tl.int32), 1) == i_rank, o_expert, 0), 0)
+    # [BLOCK_E, BLOCK_E]: whether the expert of the row comes before that of the column
+    before = b_key[:, None] > b_key[None, :]
+    i_expert = tl.sum(tl.where(tl.sum(before.to(tl.int32), 0) == i_rank, o_expert, 0), 0)
     return i_expert, tl.load(p_offsets + i_expert).to(tl.int32), tl.load(p_offsets + i_expert + 1).to(tl.int32)
 
 
