@@ -13,6 +13,7 @@ import torch
 from unif2ace_kernels.moe import reference
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ROOT / "kernels" / "unif2ace_kernels"
 PAGE = (ROOT / "kernels" / "README.md").read_text()
 
 
@@ -84,6 +85,19 @@ def test_the_pages_other_snippets_run(tmp_path):
         exec(snippet, names)  # noqa: S102
     assert names["model"].config._experts_implementation == "unif2ace"
     assert names["y"].shape == (1024, 256)
+
+
+@pytest.mark.parametrize("room", ["d3diff", "moe", "random", "sampling"])
+def test_the_snippets_of_a_room_run_as_they_stand(room):
+    """Each page from its first line on, in the order in which it is read."""
+    torch.manual_seed(0)
+    names: dict = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOMS / room / "README.md").read_text(), re.DOTALL):
+        exec(snippet, names)  # noqa: S102
+    if room == "d3diff":
+        assert names["loss"] > 0 and names["head"].weight.grad.any()
+    if room == "sampling":
+        assert names["ids"].shape == (4, 64) and int(names["ids"].max()) < names["mask_id"]
 
 
 def test_the_page_lists_every_public_function():

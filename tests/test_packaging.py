@@ -128,7 +128,7 @@ def test_a_source_distribution_builds_the_extension(tree, tmp_path):
 GENERAL = {"name": str, "version": int, "edition": int, "license": str, "backends": list}
 OPTIONAL = {"upstream", "source", "cuda", "hub", "kernel-depends", "python-depends"}
 BACKENDS = {"cann", "cpu", "cuda", "metal", "neuron", "rocm", "tpu", "xpu"}
-NOARCH = {"pyext", "cuda-capabilities", "cuda_capabilities", "rocm-archs", "rocm_archs"}
+NOARCH = {"pyext", "cuda_capabilities", "rocm_archs"}
 # What the builder writes into the package: kernel-builder/src/pyproject/templates/torch/noarch/_ops.py there.
 OPS = """
 import torch
@@ -206,6 +206,8 @@ def test_the_hub_accepts_the_layout(hub):
         (lambda build: build["general"].update(backends=["cuda", "gpu"]), "unknown backend gpu"),
         (lambda build: build["general"].update(edition=4), "edition is not 5"),
         (lambda build: build.update(torch={}), "unknown section torch"),
+        (lambda build: build["torch-noarch"].update({"cuda-capabilities": ["9.0"]}),
+         "unknown torch-noarch cuda-capabilities"),
     ],
 )  # fmt: skip
 def test_what_the_hub_refuses_is_seen(hub, change, problem):
