@@ -133,6 +133,7 @@ class LossConfig:
 
 
 LARGEST_DEPTH = 1000
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 NESTED: dict[str, type] = {
     "vocabulary": VocabularyConfig,
     "token_moe": TokenMoEConfig,
@@ -170,7 +171,7 @@ class UniF2aceConfig(PreTrainedConfig):
     Parts may be given as dicts. `vocab_size` and `pad_token_id` follow from `vocabulary`.
 
     Raises:
-        ValueError: an unknown key, or a size that cannot be; it is named.
+        ValueError: an unknown key, a size that cannot be or a dtype that weights cannot have; it is named.
     """
 
     model_type = "unif2ace"
@@ -225,6 +226,9 @@ class UniF2aceConfig(PreTrainedConfig):
             raise ValueError(f"config.num_attention_heads: expected {expected}, got {self.num_attention_heads}")
         if not 0 < self.partial_rotary_factor <= 1:
             raise ValueError(f"config.partial_rotary_factor: expected one in (0, 1], got {self.partial_rotary_factor}")
+        dtype = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
+        if dtype is not None and (dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")) not in FLOATS:
+            raise ValueError(f"config.dtype: expected one of {', '.join(FLOATS)}, got {dtype!r}")
         for name, value in (("vocab_size", self.vocabulary.size), ("pad_token_id", self.vocabulary.pad)):
             if kwargs.get(name, value) != value:
                 raise ValueError(f"config.{name}: expected {value}, as the vocabulary has it, got {kwargs[name]}")

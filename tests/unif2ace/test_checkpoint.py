@@ -135,6 +135,9 @@ def edit(saved, change) -> None:
         lambda config: config["image_tokenizer"].update(kind="painter"),
         lambda config: config.update(vocab_size=7),
         lambda config: config.update(num_hidden_layers=5000),
+        lambda config: config.update(dtype=-1e308),
+        lambda config: config.update(dtype="int8"),
+        lambda config: config.update(dtype=None, torch_dtype=["float32"]),
         lambda config: config["image_tokenizer"].update(blocks=5000),
     ],
 )
