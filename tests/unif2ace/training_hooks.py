@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import torch
 from torch import distributed as dist
 
 from unif2ace.data.stream import Stream
@@ -59,6 +60,18 @@ def nan_twice() -> None:
         return (total * float("nan"), terms) if len(calls) in (2, 3) else (total, terms)
 
     modeling.training_loss = poisoned
+
+
+def no_memory() -> None:
+    """The last rank's device is full in the fourth step."""
+    step = Stage.step
+
+    def full(self, work):
+        if work.step == 3 and self.world.rank == self.world.ranks - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(self, work)
+
+    Stage.step = full
 
 
 def slow_steps() -> None:

@@ -32,9 +32,7 @@ def train(parsed: argparse.Namespace) -> None:
         else:
             _train(config, rank)
     except UserError as error:
-        # What one rank cannot do all are told, and one speaks. A rank that is gone tells nothing: then two speak.
-        speakers = 2 if getattr(error, "lost", False) else 1
-        if rank >= speakers:
+        if rank >= getattr(error, "speakers", 1):  # what one rank cannot do all are told, and one speaks
             sys.exit(1)
         raise
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +24,13 @@ T = TypeVar("T")
 class RankLost(UserError):
     """Another rank is gone; this one cannot go on without it."""
 
-    lost = True
+    speakers = 2  # the first one may be who is gone, and tells nothing
+
+
+class OutOfMemory(UserError):
+    """This rank's device has no memory left."""
+
+    speakers = sys.maxsize  # no other rank knows
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def join(config: ParallelConfig) -> Iterator[World]:
 
     Raises:
         UserError: there is no such device, or the others cannot be reached.
-        RankLost: another rank was lost on the way.
+        RankLost: another rank was lost on the way. OutOfMemory: this one's device is full.
     """
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
@@ -110,6 +117,11 @@ def join(config: ParallelConfig) -> Iterator[World]:
     rank = dist.get_rank()
     try:
         yield World(rank, dist.get_world_size(), device, *groups)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"rank {rank}: {device} has no memory left; start it again with a larger parallel.micro, or with "
+            "parallel.checkpointing=block"
+        ) from error
     except RuntimeError as error:
         if not _lost(error):
             raise
