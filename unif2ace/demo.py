@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from unif2ace.checkpoint import Checkpoint
@@ -30,7 +29,7 @@ from unif2ace.data.dataset import FaceSet, build_faces
 from unif2ace.evaluation import quality, report
 from unif2ace.files import digest, read_json, write_json
 from unif2ace.model import attention, balance, blocks, losses, modeling, sequence_moe, sequences, visibility
-from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images
+from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.text_tokenizer import TextTokenizer
 from unif2ace.safety import card
@@ -101,10 +100,10 @@ def run(settings: DemoSettings, folder: Path) -> None:
 
     faces = timed("faces", _faces, settings, folder)
     tokenizer = timed("tokenizer", _tokenizer, settings, folder, faces)
-    encoded = encode(tokenizer, faces)
+    encoded = EncodedFaces.of(faces, tokenizer)
     checkpoint = timed("model", _model, settings, folder, faces, tokenizer, encoded)
     start = time.monotonic()
-    results = quality.evaluate(checkpoint, faces, subset(encoded, faces.test), settings.prompts, settings.seed)
+    results = quality.evaluate(checkpoint, faces, encoded.at(faces.test), settings.prompts, settings.seed)
     timer.record("evaluation", time.monotonic() - start)
     start = time.monotonic()
     logs = {name: read_json(folder / f"{name}_log.json") for name in ("tokenizer", "model")}
@@ -138,19 +137,6 @@ def _tokenizer(settings: DemoSettings, folder: Path, faces: FaceSet) -> tuple[Im
     )  # fmt: skip
 
 
-def encode(tokenizer: ImageTokenizer, faces: FaceSet) -> EncodedFaces:
-    """Every face of the set as the model sees it; code ids are the tokenizer's, [0, codes)."""
-    parts = [tokenizer.encode(to_images(torch.from_numpy(chunk))) for chunk in np.array_split(faces.images, 16)]
-    codes, semantic = (torch.cat(each) for each in zip(*parts))
-    return EncodedFaces(codes, semantic, torch.from_numpy(faces.identity), faces.classes)
-
-
-def subset(faces: EncodedFaces, index: np.ndarray) -> EncodedFaces:
-    """The faces at `index`."""
-    rows = torch.from_numpy(index)
-    return EncodedFaces(faces.codes[rows], faces.semantic[rows], faces.identity[rows], faces.classes[index])
-
-
 def _model(
     settings: DemoSettings, folder: Path, faces: FaceSet, tokenizer: ImageTokenizer, encoded: EncodedFaces
 ) -> tuple[Checkpoint, bool]:
@@ -174,7 +160,7 @@ def _model(
     torch.manual_seed(settings.seed)
     model = UniF2aceForConditionalGeneration(config)
     initialise_codes(model, tokenizer)
-    recipe = Recipe(subset(encoded, faces.train), text, config, settings.recipe)
+    recipe = Recipe(encoded.at(faces.train), text, config, settings.recipe)
 
     def loss(step: int):
         with torch.autocast("cpu", torch.bfloat16):

@@ -16,14 +16,13 @@ from unif2ace.checkpoint import Checkpoint
 from unif2ace.configs import SequenceMoEConfig, VocabularyConfig
 from unif2ace.data.attributes import classify, fit_thresholds, measure
 from unif2ace.data.dataset import FaceSet
-from unif2ace.demo import encode, subset
 from unif2ace.errors import UserError
 from unif2ace.evaluation import ablation, study, tables
 from unif2ace.evaluation.ablation import Material, Study
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.painting import PaintSettings
-from unif2ace.training.recipe import RecipeConfig
+from unif2ace.training.recipe import EncodedFaces, RecipeConfig
 
 SHORT = Study(steps=3, recipe=RecipeConfig(t2i=3, mmu=3, captions=1), faces=3, prompts=3, paint=PaintSettings(steps=2))
 
@@ -56,8 +55,8 @@ def material(demo):
 
 def test_the_faces_of_training_and_of_measuring_are_apart(material):
     assert (len(material.train.codes), len(material.test.codes)) == (12, 6)
-    whole = encode(material.checkpoint.image_tokenizer, material.faces)
-    assert torch.equal(material.test.codes, subset(whole, material.faces.test).codes)
+    whole = EncodedFaces.of(material.faces, material.checkpoint.image_tokenizer)
+    assert torch.equal(material.test.codes, whole.at(material.faces.test).codes)
 
 
 def test_every_variant_is_the_row_that_it_is_called(material):

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import sets
+import streams
 import torch
 
 from unif2ace.data.config import DataConfig, MixConfig, SetConfig
@@ -16,16 +16,7 @@ from unif2ace.data.samples import Sample, SampleError
 from unif2ace.model.sequences import IGNORE, mmu_batch
 
 TALK = ((("how is the hair?", "dark"), ("and the mouth?", "smiling")), (("where does the face look?", "left"),))
-
-
-@pytest.fixture(scope="module")
-def text():
-    return sets.text()
-
-
-@pytest.fixture(scope="module")
-def model(text):
-    return sets.model(text)
+text, model = streams.text, streams.model  # fixtures
 
 
 def maker(text, model, **changes) -> RowMaker:

@@ -30,7 +30,7 @@ import yaml
 from tqdm import tqdm
 
 from unif2ace.attributes.base import Attribute, AttributeSource
-from unif2ace.attributes.combine import combine
+from unif2ace.attributes.combine import Combined, combine
 from unif2ace.attributes.lexicon import Lexicon
 from unif2ace.attributes.measured import Measured
 from unif2ace.attributes.sources import SOURCES, open_source
@@ -139,10 +139,6 @@ def _with_attributes(
 ) -> Lexicon:
     """Give each record its attributes, from what is kept where they were read before."""
     sources = [attribute_source(each, synthetic) for each in config.attributes.sources]
-    categories: dict[str, tuple[str, ...]] = {}
-    for source in sources:
-        for category, values in source.categories.items():
-            categories[category] = tuple(dict.fromkeys((*categories.get(category, ()), *values)))
     with Journal(work / "attributes.jsonl") as journal:
         said: list[list[list[Attribute]]] = []
         for source in sources:
@@ -150,7 +146,7 @@ def _with_attributes(
         merged = ([each for source in of_face for each in source] for of_face in zip(*said))
         for record, of_face in zip(records, merged):
             record.attributes = tuple(combine(of_face, config.attributes.least))
-    return Lexicon(categories)
+    return Lexicon(Combined(sources).categories)
 
 
 def _read(

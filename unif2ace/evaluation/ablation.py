@@ -32,7 +32,6 @@ from unif2ace.configs import LossConfig, SequenceMoEConfig, UniF2aceConfig
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
 from unif2ace.data.dataset import FaceSet
-from unif2ace.demo import encode, subset
 from unif2ace.errors import UserError
 from unif2ace.evaluation.distances import kid
 from unif2ace.files import digest, read_json, write_json
@@ -123,8 +122,8 @@ class Material:
             UserError: a file of it is missing or damaged.
         """
         checkpoint, faces = Checkpoint.load(demo / "checkpoint"), FaceSet.load(demo / "faces.npz")
-        encoded = encode(checkpoint.image_tokenizer, faces)  # type: ignore[arg-type]
-        return cls(checkpoint, faces, subset(encoded, faces.train), subset(encoded, faces.test))
+        encoded = EncodedFaces.of(faces, checkpoint.image_tokenizer)
+        return cls(checkpoint, faces, encoded.at(faces.train), encoded.at(faces.test))
 
 
 def run(material: Material, variant: Variant, seed: int, study: Study, work: Path) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def run(material: Material, variant: Variant, seed: int, study: Study, work: Pat
             return found
     torch.manual_seed(seed)
     model = UniF2aceForConditionalGeneration(config)
-    initialise_codes(model, material.checkpoint.image_tokenizer)  # type: ignore[arg-type]
+    initialise_codes(model, material.checkpoint.image_tokenizer)
     text = material.checkpoint.text_tokenizer
     recipe = Recipe(material.train, text, config, replace(study.recipe, seed=seed))
 
@@ -179,7 +178,7 @@ def measure(material: Material, model: UniF2aceForConditionalGeneration, study: 
     terms = [model(**vars(fixed.batch(step))).terms for step in range(study.batches)]
     mean = {key: statistics.fmean(each[key].item() for each in terms) for key in ("mask", "score", "mmu")}
 
-    asked, rng = subset(test, np.arange(study.faces)), np.random.default_rng((0, EVALUATION))
+    asked, rng = test.at(np.arange(study.faces)), np.random.default_rng((0, EVALUATION))
     untrained = Checkpoint(model, checkpoint.processor)
     answered = {}
     for index, attribute in enumerate(ATTRIBUTES):

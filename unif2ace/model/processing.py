@@ -20,6 +20,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from unif2ace.configs import UniF2aceConfig, VocabularyConfig
 from unif2ace.errors import UserError
+from unif2ace.model.image_tokenizer import to_images, to_uint8
 from unif2ace.model.sequences import TENSORS, Batch, lm_batch, mmu_batch, padded_left, t2i_batch, t2i_prompts
 from unif2ace.model.text_tokenizer import END, TextTokenizer
 
@@ -164,7 +165,7 @@ class UniF2aceProcessor(ProcessorMixin):
             if image.size != (side, side):
                 image = image.resize((side, side), Image.Resampling.LANCZOS)
             made.append(np.asarray(image))
-        return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_images(torch.from_numpy(np.stack(made)))
 
     def post_process_text(self, sequences: torch.Tensor, prompt: torch.Tensor) -> list[str]:
         """Texts that `generate` wrote after `prompt`, the batch's input_ids, each up to its end token."""
@@ -172,8 +173,7 @@ class UniF2aceProcessor(ProcessorMixin):
 
     def post_process_images(self, images: torch.Tensor) -> list[Image.Image]:
         """Pictures of `generate_image`'s [B, 3, side, side] in [-1, 1]."""
-        whole = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return [Image.fromarray(each) for each in whole.cpu().numpy()]
+        return [Image.fromarray(each) for each in to_uint8(images).cpu().numpy()]
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:

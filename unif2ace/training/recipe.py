@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,12 +11,15 @@ import torch
 from unif2ace.configs import UniF2aceConfig
 from unif2ace.data import captions
 from unif2ace.data.attributes import ATTRIBUTES
-from unif2ace.model.image_tokenizer import ImageTokenizer
+from unif2ace.model.image_tokenizer import ImageTokenizer, to_images
 from unif2ace.model.magvit import Magvit
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import IGNORE, Batch, mmu_batch, t2i_batch, t2i_prompts
 from unif2ace.model.text_tokenizer import TextTokenizer
 from unif2ace_kernels import d3diff
+
+if TYPE_CHECKING:  # a set is not read where faces come from shards
+    from unif2ace.data.dataset import FaceSet
 
 # What a random number is for, so that equal seeds and steps do not mean equal numbers.
 TOKENIZER, RECIPE, EVALUATION = 1, 2, 3
@@ -36,6 +40,18 @@ class EncodedFaces:
     semantic: torch.Tensor
     identity: torch.Tensor = field(repr=False)  # who a person is: never said
     classes: np.ndarray
+
+    @classmethod
+    def of(cls, faces: FaceSet, tokenizer: ImageTokenizer | Magvit) -> EncodedFaces:
+        """Every face of a set."""
+        parts = [tokenizer.encode(to_images(torch.from_numpy(chunk))) for chunk in np.array_split(faces.images, 16)]
+        codes, semantic = (torch.cat(each) for each in zip(*parts))
+        return cls(codes, semantic, torch.from_numpy(faces.identity), faces.classes)
+
+    def at(self, index: np.ndarray) -> EncodedFaces:
+        """The faces at `index`."""
+        rows = torch.from_numpy(index)
+        return EncodedFaces(self.codes[rows], self.semantic[rows], self.identity[rows], self.classes[index])
 
 
 @dataclass(frozen=True)
