@@ -6,7 +6,7 @@ OLD and NEW are result files or folders of them. Ours is compared with ours, cas
 where three things agree: the quartile ranges do not overlap; the median moved by more than the margin; and it moved so
 beside the other contenders of the case, which tell what the machine did meanwhile (where both runs had the same torch).
 On a GPU more memory and more launches are told as well: they have no noise. The exit status is 1 if something got worse
-or a case is gone or broken, and 2 if the results are of different devices.
+or a case is gone or broken, and 2 if there is nothing to compare: no results, damaged ones, different devices.
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", type=Path)
     parser.add_argument("--margin", type=float, default=MARGIN, help="a smaller change of the median is none")
     options = parser.parse_args(arguments)
-    old, new = load(options.old), load(options.new)
+    try:
+        old, new = load(options.old), load(options.new)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if not old or not new:
         parser.error(f"no results of ours in {options.new if old else options.old}")
     if devices(old) != devices(new):

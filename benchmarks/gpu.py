@@ -221,7 +221,7 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
 
     def sanitizer(tool: str, op: str, seconds: float) -> Stage:
         found = shutil.which("compute-sanitizer")
-        run = _python("-m", "benchmarks.run", "--smoke", "--check", "--op", op, "--against", "no baseline")
+        run = _python("-m", "benchmarks.run", "--smoke", "--check", "--op", op, "--against", "none")
         # Calls that fail are no finding: torch asks CUDA for what may not be there, and ours raise.
         options = ["--error-exitcode", "9", "--report-api-errors", "no"]
         return Stage(

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,6 +41,7 @@ from .stages import CUT
 
 Record = dict[str, Any]
 LONG_CALL_S = 0.1  # a call that took so long when it was checked is not made again to learn how long it takes
+NOBODY = "none"
 OK, MISSING, WRONG, ERROR = "ok", "missing", "wrong", "error"
 
 
@@ -58,7 +59,7 @@ def run_case(
 
     Args:
         seconds: time to spend on timing; at most `max_rounds` rounds.
-        against: only baselines whose name contains this.
+        against: only baselines whose name contains this, in letters of either case; `NOBODY`: none of them.
         compiling: whether contenders that compile are run.
         timing: whether the contenders are timed, or only checked.
     """
@@ -76,7 +77,8 @@ def run_case(
     records: dict[str, Record] = {}
     ready: dict[str, Run] = {}
     known: dict[str, float] = {}
-    baselines = {name: each for name, each in work.baselines.items() if against in name}
+    wanted = against.lower()
+    baselines = {name: each for name, each in work.baselines.items() if wanted != NOBODY and wanted in name.lower()}
     for name, contender in {OURS: Baseline(work.ours), **baselines}.items():
         verdict, took = _admit(contender, work, compiling)
         if took > LONG_CALL_S and not contender.compiles and device.type == "cpu":
@@ -246,16 +248,27 @@ def failures(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if record["status"] in (ERROR, WRONG)]
 
 
+def at_least(low: float, kind: Callable[[str], float]) -> Callable[[str], float]:
+    """A type of argparse: a number of `kind`, no smaller than `low`."""
+
+    def number(text: str) -> float:
+        if not (value := kind(text)) >= low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, got {text}")
+        return value
+
+    return number
+
+
 def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:
     """Command line; `cases` replaces the registry (tests)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--op", default="", help="only ops whose name starts so, e.g. moe or d3diff.loss")
     parser.add_argument("--shape", default="", help="only shapes whose name contains this, e.g. paper")
     parser.add_argument("--dtype", default="", help="only this dtype, e.g. bfloat16")
-    parser.add_argument("--against", default="", help="only baselines whose name contains this")
+    parser.add_argument("--against", default="", help=f"only baselines whose name contains this; {NOBODY}: ours alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time spent on timing each case")
-    parser.add_argument("--rounds", type=int, default=MAX_ROUNDS, help="at most so many samples of each contender")
+    parser.add_argument("--seconds", type=at_least(0, float), default=3.0, help="time spent on timing each case")
+    parser.add_argument("--rounds", type=at_least(1, int), default=MAX_ROUNDS, help="samples of each contender at most")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no case is begun")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that compile")
     parser.add_argument("--check", action="store_true", help="compare outputs with float64's and time nothing")
@@ -274,7 +287,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
             print(f"{case.name:<60} {case.source}")
         return 0
     if not chosen:
-        parser.error("no case matches; see --list")
+        parser.error("no case matches; see --list" + (" --smoke: tiny cases have shapes of their own" * options.smoke))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device")
     device = torch.device(options.device)
@@ -292,6 +305,9 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         if out is not None and not (options.smoke or options.check):
             out.write(json.dumps({**ceilings(device), **describe(device.type)}) + "\n")
     failed = failures(records)
+    alone = bool(records) and all(record["contender"] == OURS for record in records)
+    if alone and not failed and options.against not in ("", NOBODY):
+        parser.error(f"--against {options.against}: in no name of these cases' contenders; without it they are shown")
     for record in failed:
         print(f"\nFAILED {record['op']} {record['shape']} {record['contender']}: {record['reason']}", file=sys.stderr)
     if timely.left:

@@ -115,7 +115,8 @@ def test_options_leave_out_compilers_other_baselines_and_timing() -> None:
     compiler = Baseline(lambda: pytest.fail("was run"), compiles=True)
     case = square_case(compiler=compiler, other=lambda x: (x.pow(2),))
     assert run_toy(case, compiling=False)["compiler"]["status"] == "missing"
-    assert run_toy(case, against="oth").keys() == {"ours", "other"}
+    assert run_toy(case, against="Oth").keys() == {"ours", "other"}
+    assert run_toy(case, against="none").keys() == {"ours"}
     checked = run_toy(case, compiling=False, timing=False)["ours"]
     assert checked["status"] == "ok" and checked["error"] <= 1e-6 and "median_ms" not in checked
 
@@ -344,6 +345,10 @@ def test_every_tiny_case_runs_and_every_contender_agrees(tmp_path: Path) -> None
 
 
 def test_unknown_selection_and_missing_device_are_errors(capsys) -> None:
+    for wrong in (["--seconds", "-1"], ["--rounds", "0"], ["--op", "random", "--smoke", "--against", "nobody"]):
+        with pytest.raises(SystemExit) as stopped:
+            run.main(wrong)
+        assert stopped.value.code == 2 and wrong[-1] in capsys.readouterr().err
     for arguments in (["--op", "no.such"], ["--device", "cuda"]):
         if arguments[1] == "cuda" and torch.cuda.is_available():
             continue

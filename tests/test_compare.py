@@ -72,6 +72,7 @@ def test_compare_refuses_other_devices_and_empty_files(tmp_path: Path, capsys) -
         ([line(1.0)], [line(1.0, device_name="e")], "different devices"),
         ([line(1.0)], [line(1.0, threads=2)], "different devices"),
         ([line(1.0)], [line(1.0, contender="other")], "no results of ours in"),
+        ([line(1.0)], ["{}, {}"], "new.jsonl is damaged"),
     ):
         with pytest.raises(SystemExit) as stopped:
             compared(tmp_path, old, new)
