@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unif2ace_kernels.moe import mix, reference
+from unif2ace_kernels.moe import mix, mix_torch, reference
 
 
 def make(injected=2, dtype=torch.float64, batch=3, length=5):
@@ -28,6 +28,15 @@ def test_values_and_gradients(injected, dtype):
         assert g.shape == w.shape and g.dtype == dtype
         if w.numel():
             assert (g - w).abs().max() <= 2 * (p - w).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("injected", [0, 1, 3])
+def test_the_torch_path(injected):
+    leaves, grad_y = make(injected), torch.randn(3, 5, 4, dtype=torch.float64)
+    y = reference.mix(*leaves)
+    inputs = [each.detach() for each in leaves]
+    torch.testing.assert_close(mix_torch.forward(*inputs), y.detach())
+    torch.testing.assert_close(mix_torch.backward(grad_y, *inputs), torch.autograd.grad(y, leaves, grad_y))
 
 
 def test_gradcheck():

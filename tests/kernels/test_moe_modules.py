@@ -121,6 +121,26 @@ def test_balance_selection_moves_load():
     assert spread[-1] < spread[0] / 2
 
 
+def test_balance_selection_moves_a_bias_by_the_rate_whatever_the_load():
+    layer, x, groups = make(scoring="sigmoid")
+    _, routing = layer(x, groups)
+    layer.balance_selection(routing, rate=0.25)
+    assert len(set(routing.frequency.tolist())) > 3
+    assert torch.equal(layer.selection_bias, 0.25 * (routing.frequency < 1) - 0.25 * (routing.frequency > 1))
+
+
+@pytest.mark.parametrize("shared_width", [0, 16])
+def test_the_routed_scale_is_of_the_routed_experts_alone(shared_width):
+    layer, x, groups = make(shared_width=shared_width)
+    scaled, _, _ = make(shared_width=shared_width, routed_scale=2.5)
+    factor = torch.tensor([2.5, 2.5] + [1.0] * (shared_width // 8))
+    _, plain = layer(x, groups)
+    y, routing = scaled(x, groups)
+    assert torch.equal(routing.weight, plain.weight * factor)
+    parameters = scaled.experts_w_in, scaled.experts_b_in, scaled.experts_w_out, scaled.experts_b_out
+    assert torch.equal(y.view(-1, 16), moe.experts(x.view(-1, 16), routing, *parameters, activation="gelu_tanh"))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("top_k", {"top_k": 4}), ("shared_width", {"shared_width": 5}), ("experts_per_group", {"groups": 3})],

@@ -23,6 +23,7 @@ def test_the_compiled_draw_gives_the_ids_of_the_torch_draw(options, codes, dtype
     cond, uncond = (2 * torch.randn(rows, codes, generator=rng, dtype=dtype) for _ in range(2))
     cond[1, codes // 2], cond[2], cond[3, 0], cond[4, -1] = NEG, NEG, float("nan"), float("inf")
     cond[5] = cond[5].round()
+    uncond[6, codes // 3] = NEG
     row = torch.randint(2**32, (rows,), generator=rng)
     seed, offset = torch.tensor(2**62 + 5), torch.tensor(77)
     for guidance, second in ((0.0, None), (1.25, uncond)):

@@ -7,7 +7,7 @@ import torch
 
 from unif2ace_kernels import _philox
 from unif2ace_kernels._library import EXTENSION_MISSING, explain
-from unif2ace_kernels.sampling import reference, sample_from_hidden, sample_from_logits
+from unif2ace_kernels.sampling import draw_torch, reference, sample_from_hidden, sample_from_logits
 
 MASK = -1  # no code, so every position is unknown where ids is filled with it
 NEG = float("-inf")
@@ -159,6 +159,18 @@ def test_temperature_zero_takes_the_first_of_the_largest():
     ids, logp = sample_from_logits(cond, None, masked(3), MASK, temperature=0.0, seed=0)
     assert ids.tolist() == [1, 0, 1]
     torch.testing.assert_close(logp, cond.log_softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_nucleus_that_is_reached_exactly_ends_there(plain):
+    logits = torch.tensor([0.0, -math.log(2), -math.log(2)]).expand(200, 3)
+    assert torch.equal(logits[0].exp(), torch.tensor([1.0, 0.5, 0.5]))
+    if plain:
+        words = torch.arange(200), torch.tensor(1), torch.tensor(0)
+        ids, _ = draw_torch.draw(logits, None, *words, 0.0, 1.0, 0, 0.5, "log_prob")
+    else:
+        ids, _ = sample_from_logits(logits, None, masked(200), MASK, seed=1, top_p=0.5)
+    assert (ids == 0).all()
 
 
 def test_ties_at_the_border_of_a_filter_stay_in():
