@@ -34,6 +34,14 @@ def numbers(name: str) -> dict:
     return json.loads((NUMBERS / f"{name}.json").read_text())
 
 
+def load_model(folder):
+    """An imported transformer, float32, in evaluation mode."""
+    from unif2ace.checkpoint import read_model  # numbers/make.py has no need of it
+    from unif2ace.importers.parts import model_config
+
+    return read_model(Path(folder), model_config(folder), torch.float32).eval()
+
+
 def logits(model, batch) -> torch.Tensor:
     """[B, L, V] of our model, in its dtype."""
     given = {name: value for name, value in vars(batch).items() if name != "labels" and value is not None}

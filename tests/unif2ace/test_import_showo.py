@@ -154,7 +154,7 @@ def test_the_command_writes_what_comes_back_to_the_same_logits(published, tmp_pa
     told = capsys.readouterr().out
     assert "licence: MIT or Apache-2.0" in told and "2 layers" in told and "67 rows" in told
     assert sorted(os.listdir(out)) == ["config.json", "generation_config.json", "model.safetensors"]
-    before, after = import_showo(published)[0], parts.load_model(out)
+    before, after = import_showo(published)[0], foreign.load_model(out)
     assert after.config.replace() == before.config.replace() and not after.training
     same = [torch.equal(logits(before, batch), logits(after, batch)) for batch in batches(before).values()]
     assert all(same) if exact else not any(same)
@@ -380,14 +380,14 @@ def test_a_part_that_is_damaged_afterwards_is_named(published, tmp_path):
     ):
         (out / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=words):
-            parts.load_model(out)
+            foreign.load_model(out)
     (out / "config.json").write_text(json.dumps(config))
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(UserError, match="truncated or damaged"):
-        parts.load_model(out)
+        foreign.load_model(out)
     with pytest.raises(UserError, match="there is no folder"):
-        parts.load_model(tmp_path / "nowhere")
+        foreign.load_model(tmp_path / "nowhere")
 
 
 def test_names_are_listed_a_few_at_a_time(tmp_path):

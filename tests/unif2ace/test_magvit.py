@@ -145,7 +145,7 @@ def test_save_and_load_give_the_same_codes(tokenizer, tmp_path):
     assert after.config == SMALL and not after.training
     assert all(torch.equal(a, b) for a, b in zip(tokenizer.encode(IMAGES), after.encode(IMAGES)))
     with pytest.raises(UserError, match="holds no model: it has image_tokenizer"):
-        parts.load_model(out)
+        foreign.load_model(out)
     config = json.loads((out / "config.json").read_text())
     for change, words in (
         ({"bits": 6}, "of another shape"),

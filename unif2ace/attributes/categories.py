@@ -252,9 +252,3 @@ def phrases(category: str, value: str) -> tuple[str, ...]:
     if known is not None:
         return known.phrases.get(value, ())
     return {YES: (category,), NO: (f"no {category}",)}.get(value, (f"{value} {category}",))
-
-
-def exclusive(category: str) -> bool:
-    """Whether the values are more than yes and no: labels of which at most one can be true of a face."""
-    known = CATEGORIES.get(category)
-    return known is not None and set(known.values) != {YES, NO}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from unif2ace.checkpoint import CONFIG, TEXT, WEIGHTS, quiet, read_config, read_model
+from unif2ace.checkpoint import CONFIG, TEXT, WEIGHTS, quiet, read_config
 from unif2ace.configs import UniF2aceConfig
 from unif2ace.errors import UserError
 from unif2ace.files import read_json, write_json
@@ -51,8 +50,11 @@ def save(part: Part, folder: Path, dtype: str = "float32", text: Path | None = N
     Raises:
         UserError: it exists, or the file system refuses.
     """
-
-    def write(partial: Path) -> None:
+    folder = Path(folder)
+    can_write(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
         if isinstance(part, UniF2aceForConditionalGeneration):
             with quiet():
                 torch.nn.Module.to(part, DTYPES[dtype])
@@ -63,17 +65,6 @@ def save(part: Part, folder: Path, dtype: str = "float32", text: Path | None = N
             write_json(partial / CONFIG, {"format": FORMAT, IMAGES: describe_image_tokenizer(part)})
         if text is not None:
             shutil.copyfile(text, partial / TEXT)
-
-    _write(folder, write)
-
-
-def _write(folder: Path, write: Callable[[Path], None]) -> None:
-    folder = Path(folder)
-    can_write(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}; free space or choose another folder") from error
@@ -81,17 +72,12 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_model(folder: Path) -> UniF2aceForConditionalGeneration:
-    """The transformer that `save` wrote, float32, in evaluation mode.
+def load_image_tokenizer(folder: Path) -> Magvit:
+    """The image tokenizer that `save` wrote.
 
     Raises:
-        UserError: the folder or a file of it is missing, damaged or of another model.
+        UserError: the folder or a file of it is missing, damaged or of another part.
     """
-    return read_model(Path(folder), model_config(folder), torch.float32).eval()
-
-
-def load_image_tokenizer(folder: Path) -> Magvit:
-    """The image tokenizer that `save` wrote; see `load_model`."""
     described = _config(folder)
     if IMAGES not in described or "model_type" in described:
         what = "a model" if "model_type" in described else ", ".join(sorted(described)) or "nothing"
