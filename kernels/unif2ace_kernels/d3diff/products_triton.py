@@ -22,7 +22,7 @@ LINE = tl.constexpr(64)  # a row of z has room for whole lines of so many column
 def with_padding(columns):
     """The columns that a row of z has room for: a mask that ends there leaves 16-byte accesses whole.
 
-    With one that ends at any column each number is an access of its own. What is in the padding means nothing.
+    With one that ends at any column each number is an access of its own. Logits in the padding are -inf.
     """
     return tl.cdiv(columns, LINE) * LINE
 
@@ -116,7 +116,8 @@ def logits_kernel(
         b_target = tl.load(p_target + o_row, mask=m_row, other=-1) - i_n * BLOCK_N
         b_at_target = tl.sum(tl.where(o_column[None, :] == b_target[:, None], b_z, 0.0), 1)
         tl.store(p_at_target + o_row, b_at_target, mask=m_row & (b_target >= 0) & (b_target < BLOCK_N))
-        b_top = tl.max(tl.where(m_column[None, :], b_z, float("-inf")), 1)
+        b_z = tl.where(m_column[None, :], b_z, float("-inf"))
+        b_top = tl.max(b_z, 1)
         tl.store(p_top + o_row.to(tl.int64) * top_stride + i_n, b_top, mask=m_row)
         b_z -= tl.where(b_top == float("-inf"), 0.0, b_top)[:, None]
         for part in tl.static_range(4):

@@ -190,8 +190,7 @@ def exponentials(p_z, p_top, i_column, columns, origin, SEGMENTS: tl.constexpr, 
     o_segment = i_column // SEGMENT + tl.arange(0, SEGMENTS)
     o_column = o_segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
     # [SEGMENTS, SEGMENT]
-    b_z = tl.load(p_z + o_column, mask=o_column < with_padding(columns), other=0.0).to(tl.float32)
-    b_z = tl.where(o_column < columns, b_z, float("-inf"))
+    b_z = tl.load(p_z + o_column, mask=o_column < with_padding(columns), other=float("-inf")).to(tl.float32)
     b_top = tl.load(p_top + o_segment, mask=o_segment * SEGMENT < columns, other=0.0)
     b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     return tl.exp(b_z + (b_top - origin)[:, None]), o_column
