@@ -244,8 +244,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logits_cpu(
 
 Tensor logits_backward_cpu(const Tensor& grad_loss, const Tensor& given, const Tensor& targets,
                            const Tensor& ce_weight, std::optional<Tensor> penalty, std::optional<Tensor> shift,
-                           std::optional<Tensor> mass_weight, const Tensor& lse, const Tensor& mass, int64_t start,
-                           int64_t end, std::vector<int64_t> codes, int64_t ignore_index) {
+                           std::optional<Tensor> mass_weight, const Tensor& /*lse: made again*/,
+                           const Tensor& /*mass*/, int64_t start, int64_t end, std::vector<int64_t> codes,
+                           int64_t ignore_index) {
   check_logits(given, start, end);
   const Tensor logits = torch::stable::contiguous(given);
   const int64_t total = logits.size(0), vocabulary = logits.size(1), columns = end - start;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "common/exponential.h"
 #include "common/reals.h"
 
 namespace unif2ace {
@@ -29,26 +30,6 @@ struct LossTerms {
   bool hit;  // the target has the largest logit
 };
 
-// e**x for x <= 0, to about an ulp; 0 below the smallest normal number, a NaN stays one.
-UNIF2ACE_HOST_DEVICE float exp_of_shifted(float x) {
-  const float lowest = -87.33654f;
-  const float clamped = x < lowest ? lowest : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2**23: rounds to an integer in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (clamped - n * 0x1.62E4p-1f) - n * 0x1.7F7D1Cp-20f;
-  float p = 1.0f / 5040;  // the series: |r| <= ln(2) / 2, so its next term is below 6e-9
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = (p * r) * r + r;
-  const float power = bits_float((float_bits(shifted) - float_bits(12582912.0f) + 127) << 23);
-  return x < lowest ? 0.0f : p * power + power;
-}
-
-UNIF2ACE_HOST_DEVICE double exp_of_shifted(double x) { return std::exp(x); }
-
 // Partial results of a reduction in registers; the compiler splits them for narrower instruction sets.
 template <class Real>
 using LossVector __attribute__((vector_size(kLossLanes * sizeof(Real)))) = Real;
@@ -69,17 +50,19 @@ UNIF2ACE_HOST_DEVICE Real largest_of(const Real* row, int64_t length) {
 // row becomes e^(row - top); returns its sum.
 template <class Real>
 UNIF2ACE_HOST_DEVICE double exponentiate(Real* row, int64_t length, Real top) {
-  double sum = 0;
+  LossVector<double> sums = {};
   for (int64_t first = 0; first < length; first += kLossBlock) {
     Real* const block = row + first;
-    for (int64_t i = 0; i < kLossBlock; ++i) block[i] = exp_of_shifted(block[i] - top);
+    for (int64_t i = 0; i < kLossBlock; ++i) block[i] = exp_nonpositive(block[i] - top);
     LossVector<Real> partial = {}, next;
     for (int64_t i = 0; i < kLossBlock; i += kLossLanes) {
       std::memcpy(&next, block + i, sizeof next);
       partial += next;
     }
-    for (int64_t l = 0; l < kLossLanes; ++l) sum += partial[l];
+    sums += __builtin_convertvector(partial, LossVector<double>);
   }
+  double sum = 0;
+  for (int64_t l = 0; l < kLossLanes; ++l) sum += sums[l];
   return sum;
 }
 
@@ -117,7 +100,7 @@ inline double penalty_of(double u) {
   return std::expm1(low) + std::exp(low) * (u - low) - u;
 }
 
-inline double sum_or_zero(double weight, double value) { return weight == 0 ? 0 : weight * value; }
+inline double product_or_zero(double weight, double value) { return weight == 0 ? 0 : weight * value; }
 
 // logits [columns] (bias is added where there is one) -> terms; gradient [columns] of the row's loss where it is asked
 // for (it may be the logits' own memory), added to column_sum where that is given. scratch: padded_columns(columns).
@@ -142,8 +125,8 @@ UNIF2ACE_HOST_DEVICE LossTerms loss_row(const T* logits, const Real* bias, int64
   LossTerms terms{0, (static_cast<double>(top) - at_target) + log_sum, top + log_sum, 0, at_target >= top};
   terms.mass = sum_between(scratch, weight.code_first, weight.code_last) / sum;
   const double u = terms.lse + weight.shift;
-  terms.loss = sum_or_zero(weight.ce, terms.ce) + sum_or_zero(weight.penalty, penalty_of(u)) +
-               sum_or_zero(weight.mass, terms.mass);
+  terms.loss = product_or_zero(weight.ce, terms.ce) + product_or_zero(weight.mass, terms.mass);
+  if (weight.penalty != 0) terms.loss += weight.penalty * penalty_of(u);
   if (gradient == nullptr) return terms;
   if (weight.ce == 0) {  // the other weights are multiples of parts of it
     std::fill(gradient, gradient + columns, T{});

@@ -4,36 +4,17 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/exponential.h"
 #include "moe/tiles.h"
 
 namespace unif2ace {
 
 enum class Pointwise { gelu_tanh, gelu, relu, silu };
 
-// exp within 2 ulp, by e^z = 2^n e^r with |r| <= ln(2) / 2; z is clamped to where the result is a normal number.
-UNIF2ACE_INLINE float exponential_of(float z) {
-  z = z > 88.0f ? 88.0f : z;  // comparisons that a NaN fails, so it stays
-  z = z < -87.0f ? -87.0f : z;
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, kept in the low bits
-  const float shifted = z * 1.44269504088896341f + shifter;
-  const float n = shifted - shifter;
-  const float r = (z - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-  float p = 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const uint32_t exponent = static_cast<uint32_t>(float_bits(shifted)) - 0x4B400000u + 127u;
-  return p * bits_float(static_cast<int32_t>(exponent << 23));
-}
-UNIF2ACE_INLINE double exponential_of(double z) { return std::exp(z); }
-
 // value = sigmoid(z) and its slope. Of e^-|z|, so that neither loses its digits where sigmoid(z) is next to 1.
 template <class Real>
 UNIF2ACE_INLINE void sigmoid(Real z, Real& value, Real& slope) {
-  const Real e = exponential_of(z < 0 ? z : -z), r = Real(1) / (Real(1) + e);
+  const Real e = exp_nonpositive(z < 0 ? z : -z), r = Real(1) / (Real(1) + e);
   value = z < 0 ? e * r : r;
   slope = e * r * r;
 }
@@ -41,7 +22,7 @@ UNIF2ACE_INLINE void sigmoid(Real z, Real& value, Real& slope) {
 // The normal distribution function and its density.
 // float: erfc(z) / 2 = e^{-z^2} t P(t), t = 1 / (1 + 0.55 z); P by least maximal error for 0 <= z <= 6, within 1e-8.
 UNIF2ACE_INLINE void normal(float x, float& cdf, float& density) {
-  const float e = exponential_of(-0.5f * x * x);
+  const float e = exp_nonpositive(-0.5f * x * x);
   const float t = 1.0f / (1.0f + 0.388908730f * (x < 0 ? -x : x));
   float p = 0.0536623501f;
   p = p * t - 0.259019552f;

@@ -32,13 +32,6 @@ UNIF2ACE_INLINE int64_t order_key(double x) {
   return x == x ? key : std::numeric_limits<int64_t>::max();
 }
 
-// exp, 0 and infinity where float ends.
-UNIF2ACE_INLINE float full_exponential(float z) {
-  const float e = z < -87.0f ? 0.0f : exponential_of(z);
-  return z > 88.0f ? std::numeric_limits<float>::infinity() : e;
-}
-UNIF2ACE_INLINE double full_exponential(double z) { return std::exp(z); }
-
 // What is the same for all tokens.
 template <class Real>
 struct Router {
@@ -108,7 +101,7 @@ UNIF2ACE_INLINE void softmax_tile(const Real* __restrict x, Real* __restrict sco
     }
   for (int64_t n = 0; n < columns; ++n)
     for (int64_t l = 0; l < kLanes; ++l) {
-      const Real e = full_exponential(x[n * kLanes + l] - largest[l]);
+      const Real e = exp_nonpositive(x[n * kLanes + l] - largest[l]);
       score[n * kLanes + l] = e;
       sum[l] += e;
     }
@@ -119,7 +112,10 @@ UNIF2ACE_INLINE void softmax_tile(const Real* __restrict x, Real* __restrict sco
 
 template <class Real>
 UNIF2ACE_INLINE void sigmoid_tile(const Real* __restrict x, Real* __restrict score, int64_t columns) {
-  for (int64_t i = 0; i < columns * kLanes; ++i) score[i] = Real(1) / (Real(1) + full_exponential(-x[i]));
+  for (int64_t i = 0; i < columns * kLanes; ++i) {
+    Real slope;
+    sigmoid(x[i], score[i], slope);
+  }
 }
 
 template <class Real>
