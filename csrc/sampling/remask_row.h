@@ -19,9 +19,10 @@ struct RemaskOptions {
 template <class T>
 UNIF2ACE_HOST_DEVICE void remask_keys(const T* confidence, const bool* unknown, const int64_t* rows, int64_t length,
                                       const RemaskOptions& o, T* keys) {
+  const auto* const is_unknown = reinterpret_cast<const uint8_t*>(unknown);  // g++ vectorises no loop over bools
   for (int64_t i = 0; i < length; ++i)
     keys[i] =
-        remask_rank(confidence[i], unknown[i], o.temperature, o.seed, o.offset, static_cast<uint32_t>(rows[i]));
+        remask_rank(confidence[i], is_unknown[i] != 0, o.temperature, o.seed, o.offset, static_cast<uint32_t>(rows[i]));
 }
 
 // mask[i]: whether position i is masked again. scratch: [length].
