@@ -27,9 +27,6 @@ struct Layout {
   using Real = ComputeOf<T>;
 
   int64_t tokens, slots, hidden, width, width_in, rows, experts;
-  // oneDNN, which multiplies bfloat16 and float16, builds a kernel for each new number of rows, which can take as long
-  // as the product itself, and routing brings new numbers at every step: products take a multiple of `step` rows.
-  int64_t step = sizeof(T) == 2 ? 32 : 1;
   int32_t dtype;
   const int64_t *order, *offsets;
   std::vector<int64_t> padded;    // first row of each expert where its rows are padded; [experts + 1]
@@ -57,7 +54,14 @@ struct Layout {
   }
 
   int64_t count(int64_t e) const { return offsets[e + 1] - offsets[e]; }
-  int64_t padded_count(int64_t e) const { return (count(e) + step - 1) / step * step; }
+  // oneDNN, which multiplies bfloat16 and float16, builds a kernel for each new number of rows, which can take as long
+  // as the product itself, and routing brings new numbers at every step: products take a multiple of 32 rows, or of the
+  // next power of two where they are fewer.
+  int64_t padded_count(int64_t e) const {
+    int64_t step = 1;
+    while (sizeof(T) == 2 && step < std::min<int64_t>(32, count(e))) step *= 2;
+    return (count(e) + step - 1) / step * step;
+  }
   int64_t token(int64_t row) const { return order[row] / slots; }
 
   Matrix matrix(const T* data, int64_t m, int64_t n) const { return {data, m, n, dtype}; }
