@@ -91,19 +91,18 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward_cpu(const Tensor& grad_y_, const
     T* const to_injected = static_cast<T*>(grad_injected.mutable_data_ptr());
     std::vector<Real> products(at.batch * at.pieces * at.terms);  // <grad_y, term> of each piece
     at.for_pieces([&](int64_t b, int64_t piece, int64_t begin, int64_t end) {
-      Real grad[kPiece], product[kTile];
-      load(from + b * at.size + begin, grad, end - begin);
-      for (int64_t k = 0; k < at.terms; ++k) {
-        const T* const term = at.term(at.x, at.injected, b, k);
-        T* const to = at.term(to_x, to_injected, b, k);
-        std::fill(product, product + kTile, Real(0));
-        for (int64_t j = begin; j < end; j += kTile) {
-          const int64_t count = std::min(kTile, end - j);
-          add_product(product, grad + j - begin, term + j, count);
-          scale_to(grad + j - begin, at.coef[b * at.terms + k], to + j, count);
+      Real grad[kTile];
+      std::vector<Real> product(at.terms * kTile);
+      for (int64_t j = begin; j < end; j += kTile) {
+        const int64_t count = std::min(kTile, end - j);
+        load(from + b * at.size + j, grad, count);
+        for (int64_t k = 0; k < at.terms; ++k) {
+          add_product(product.data() + k * kTile, grad, at.term(at.x, at.injected, b, k) + j, count);
+          scale_to(grad, at.coef[b * at.terms + k], at.term(to_x, to_injected, b, k) + j, count);
         }
-        products[(b * at.pieces + piece) * at.terms + k] = folded(product);
       }
+      for (int64_t k = 0; k < at.terms; ++k)
+        products[(b * at.pieces + piece) * at.terms + k] = folded(product.data() + k * kTile);
     });
     std::vector<Real> sums(at.batch * at.terms);
     for (int64_t i = 0; i < at.batch * at.pieces; ++i)
