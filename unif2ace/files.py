@@ -15,6 +15,8 @@ from typing import Any
 
 from unif2ace.errors import UserError
 
+LOCK = ".lock"  # in a folder that one process at a time writes to
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -50,7 +52,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / LOCK).open("w")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
     with lock:

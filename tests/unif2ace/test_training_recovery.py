@@ -277,6 +277,16 @@ def test_waiting_for_data_is_told_of_whichever_rank(prepared):
         assert (0.5 <= record["data_seconds"] < record["step_seconds"]) == (record["step"] == 2), record
 
 
+def test_machines_that_do_not_share_the_folder_are_told_at_once(prepared, monkeypatch):
+    """Not when the run is to go on, from states that lack the parts of some."""
+    folder, config = prepared
+    monkeypatch.chdir(folder)
+    with runs.Ranks(config, "--run=unshared", ranks=2, hook="training_hooks:folder_of_its_own") as ranks:
+        assert ranks.wait() == [1, 1], ranks.said
+        told = [line for line in ranks.said.splitlines() if line.startswith("unif2ace: ")]
+    assert told == ["unif2ace: rank 1: unshared is not rank 0's folder: it must be one that all machines see"]
+
+
 def test_two_at_once_are_one(prepared):
     """The second would remove what the first one writes."""
     folder, config = prepared

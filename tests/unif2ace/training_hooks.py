@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from unif2ace.data.stream import Stream
 from unif2ace.model import modeling
-from unif2ace.training import sharding, stage, states
+from unif2ace.training import engine, sharding, stage, states
 from unif2ace.training.stage import Stage
 
 
@@ -60,6 +60,14 @@ def nan_twice() -> None:
         return (total * float("nan"), terms) if len(calls) in (2, 3) else (total, terms)
 
     modeling.training_loss = poisoned
+
+
+def folder_of_its_own() -> None:
+    """Rank 1's machine has other storage where the run's folder is named."""
+    engine._SEEN = 0.5
+    if os.environ["RANK"] == "1":
+        os.makedirs("other")
+        os.chdir("other")
 
 
 def no_memory() -> None:

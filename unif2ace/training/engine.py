@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
-from unif2ace.files import alone_in, replacing, write_json
+from unif2ace.files import LOCK, alone_in, replacing, write_json
 from unif2ace.training import samples, states
 from unif2ace.training.config import TrainConfig, changes, plain
 from unif2ace.training.export import export, exported
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 CONFIG, SKIPPED = "config.yaml", "skipped.json"
 _ASKED = 4  # faces that samples ask about
 _TOLD = 6  # settings that changed, in one line
+_SEEN = 30.0  # seconds until a file is there for all machines, which may keep listings of folders for so long
 
 
 class Stopped(Exception):
@@ -85,6 +86,7 @@ class Run:
                 stack.enter_context(alone_in(self.config.folder))
 
         self.world.together(hold)
+        self.world.together(self._see)
         self.state = self.saved.latest()
         step = states.number(self.state) if self.state else 0
 
@@ -96,6 +98,14 @@ class Run:
 
         self.world.together(open_watch)
         return step
+
+    def _see(self) -> None:
+        """Hold the folder against rank 0's: each rank writes its part of a state to what must be one place."""
+        until = time.monotonic() + _SEEN
+        while not (self.config.folder / LOCK).exists():
+            if time.monotonic() > until:
+                raise UserError(f"{self.config.folder} is not rank 0's folder: it must be one that all machines see")
+            time.sleep(0.1)
 
     def stage(self, index: int) -> int:
         """Train a stage to its end, from its state or its beginning; the step after it.
