@@ -130,6 +130,15 @@ def test_activations_and_slopes_keep_their_digits_far_out(activation):
         torch.testing.assert_close(got, exact, rtol=3e-7, atol=3e-7)
 
 
+@pytest.mark.parametrize("activation", [each for each in ACTIVATIONS if each not in GATED])
+def test_slopes_beyond_all_curves(activation):
+    """Where a cube of x is as large as the smallest normal number is small, the slope is still 0 or 1."""
+    x = torch.tensor([[-1e13], [1e13]], requires_grad=True)
+    routing, ones = route(torch.zeros(2, 1), torch.zeros(2).long(), [1], 1), torch.ones(1, 1, 1)
+    ours(routing, activation)(x, routing.weight, ones, None, ones, None).sum().backward()
+    assert x.grad.tolist() == [[0.0], [1.0]]
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_few_tokens(tokens):
     assert_as_good(*make(tokens))
