@@ -62,6 +62,22 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return both
 
 
+def need(config: object, right: bool, key: str, expected: str, where: str = "") -> None:
+    """Refuse a config whose value at `key` (`a.b[0].c`) is not right.
+
+    Args:
+        where: what the message puts before the key; empty: nothing.
+
+    Raises:
+        UserError: the key, what was expected and what came.
+    """
+    if not right:
+        value: Any = config
+        for name in key.replace("]", "").replace("[", ".").split("."):
+            value = value[int(name)] if name.isdigit() else getattr(value, name)
+        raise UserError(f"{where}{'.' * bool(where)}{key}: expected {expected}, got {value!r}")
+
+
 def parse(kind: type[T], values: Any, where: str) -> T:
     """A dataclass from plain values as YAML or JSON gives them: nested dataclasses, tuples of them, optional values.
 

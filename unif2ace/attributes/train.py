@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from unif2ace import settings
 from unif2ace.attributes import head as heads
 from unif2ace.attributes.features import Features
 from unif2ace.attributes.fit import PARTS, TEST, TRAIN, FitConfig, fit, split
@@ -57,22 +59,18 @@ class TrainConfig:
         Raises:
             UserError: a value is not possible; the message names its key.
         """
-        fitting = self.fit
-        for right, key, value, expected in (
-            (0 <= self.confidence < 1, "confidence", self.confidence, "a probability below 1"),
-            (self.fewest >= 1, "fewest", self.fewest, "at least 1"),
-            (self.max_corrupt >= 0, "max_corrupt", self.max_corrupt, "at least 0"),
-            (fitting.hidden >= 0, "fit.hidden", fitting.hidden, "a width, or 0"),
-            (0 <= fitting.dropout < 1, "fit.dropout", fitting.dropout, "a probability below 1"),
-            (fitting.balance >= 1, "fit.balance", fitting.balance, "at least 1"),
-            (fitting.rate > 0, "fit.rate", fitting.rate, "a rate above 0"),
-            (fitting.decay >= 0, "fit.decay", fitting.decay, "at least 0"),
-            (min(fitting.batch, fitting.epochs, fitting.patience) >= 1, "fit", fitting, "batch, epochs, patience >= 1"),
-            (0 < fitting.validation < 1, "fit.validation", fitting.validation, "a share above 0"),
-            (0 < fitting.test < 1 - fitting.validation, "fit.test", fitting.test, "a share above 0; some are to train"),
-        ):
-            if not right:
-                raise UserError(f"{key}: expected {expected}, got {value!r}")
+        need, fitting = partial(settings.need, self), self.fit
+        need(0 <= self.confidence < 1, "confidence", "a probability below 1")
+        need(self.fewest >= 1, "fewest", "at least 1")
+        need(self.max_corrupt >= 0, "max_corrupt", "at least 0")
+        need(fitting.hidden >= 0, "fit.hidden", "a width, or 0")
+        need(0 <= fitting.dropout < 1, "fit.dropout", "a probability below 1")
+        need(fitting.balance >= 1, "fit.balance", "at least 1")
+        need(fitting.rate > 0, "fit.rate", "a rate above 0")
+        need(fitting.decay >= 0, "fit.decay", "at least 0")
+        need(min(fitting.batch, fitting.epochs, fitting.patience) >= 1, "fit", "batch, epochs, patience >= 1")
+        need(0 < fitting.validation < 1, "fit.validation", "a share above 0")
+        need(0 < fitting.test < 1 - fitting.validation, "fit.test", "a share above 0; some are to train")
         return self
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from unif2ace.errors import UserError
+from unif2ace import settings
 
 TASKS = ("t2i", "mmu", "lm")
 KINDS = ("auto", "llava", "parquet", "datasets", "shards")
@@ -121,14 +121,7 @@ class DataConfig:
         Raises:
             UserError: a value is not possible; the message names its key below `where`.
         """
-
-        def need(right: bool, key: str, expected: str) -> None:
-            if not right:
-                value: Any = self
-                for name in key.replace("]", "").replace("[", ".").split("."):
-                    value = value[int(name)] if name.isdigit() else getattr(value, name)
-                raise UserError(f"{where}.{key}: expected {expected}, got {value!r}")
-
+        need = partial(settings.need, self, where=where)
         need(len(self.sets) > 0, "sets", "at least one set")
         for index, each in enumerate(self.sets):
             need(each.kind in KINDS, f"sets[{index}].kind", f"one of {', '.join(KINDS)}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
+from unif2ace import settings
 from unif2ace.errors import UserError
 
 
@@ -70,11 +72,7 @@ class EndpointConfig:
         Raises:
             UserError: a value is not possible; the message names its key below `where`, and never holds a secret.
         """
-
-        def need(right: bool, name: str, expected: str) -> None:
-            if not right:
-                raise UserError(f"{where}.{name}: expected {expected}, got {getattr(self, name)!r}")
-
+        need = partial(settings.need, self, where=where)
         parts = _parts(self.url)
         if parts is None:
             raise UserError(f"{where}.url: expected http(s)://HOST[:PORT]/v1 without name, password, ? or #")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+from unif2ace import settings
 from unif2ace.data.config import SetConfig
 from unif2ace.data.encode import FRAMES
 from unif2ace.endpoint.config import EndpointConfig
@@ -54,11 +56,7 @@ class SuiteConfig:
 
     def check(self) -> SuiteConfig:
         """The config itself; UserError names a key that is wrong."""
-
-        def need(right: bool, name: str, expected: str) -> None:
-            if not right:
-                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-
+        need = partial(settings.need, self)
         need(self.frame in FRAMES, "frame", f"one of {', '.join(FRAMES)}")
         need(self.faces >= 0, "faces", "at least 0")
         for name in ("questions", "answer_tokens", "caption_tokens", "repeats"):

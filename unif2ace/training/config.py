@@ -17,9 +17,11 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from unif2ace import settings
 from unif2ace.configs import LossConfig
 from unif2ace.data.config import DataConfig
 from unif2ace.data.encode import EncodingConfig
@@ -181,14 +183,7 @@ class TrainConfig:
         Raises:
             UserError: a value is not possible; the message names its key.
         """
-
-        def need(right: bool, key: str, expected: str) -> None:
-            if not right:
-                value: Any = self
-                for name in key.replace("]", "").replace("[", ".").split("."):
-                    value = value[int(name)] if name.isdigit() else getattr(value, name)
-                raise UserError(f"{key}: expected {expected}, got {value!r}")
-
+        need = partial(settings.need, self)
         need(len(self.stages) > 0, "stages", "at least one stage")
         names = [stage.name for stage in self.stages]
         for index, stage in enumerate(self.stages):

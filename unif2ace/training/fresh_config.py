@@ -6,10 +6,12 @@ import dataclasses
 import difflib
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from unif2ace import settings
 from unif2ace.configs import NESTED, UniF2aceConfig, VocabularyConfig
 from unif2ace.data.config import DataConfig, SetConfig
 from unif2ace.data.encode import FRAMES
@@ -91,14 +93,10 @@ class InitConfig:
         Raises:
             UserError: a value is not possible; the message names its key.
         """
-
-        def need(right: bool, key: str, expected: str, got: object) -> None:
-            if not right:
-                raise UserError(f"{key}: expected {expected}, got {got!r}")
-
-        need(len(self.sets) > 0, "sets", "at least one set", self.sets)
-        need(self.frame in FRAMES, "frame", f"one of {', '.join(FRAMES)}", self.frame)
-        need(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        need = partial(settings.need, self)
+        need(len(self.sets) > 0, "sets", "at least one set")
+        need(self.frame in FRAMES, "frame", f"one of {', '.join(FRAMES)}")
+        need(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
         text, images = self.text_tokenizer, self.image_tokenizer
         for key, got, least in (
             ("text_tokenizer.size", text.size, 257),  # the end of text and every byte
@@ -112,7 +110,7 @@ class InitConfig:
             ("max_corrupt", self.max_corrupt, 0),
             ("seed", self.seed, 0),
         ):
-            need(got >= least, key, f"at least {least}", got)
+            need(got >= least, key, f"at least {least}")
         if images.path is None:
             try:
                 with torch.device("meta"):
