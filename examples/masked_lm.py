@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--reading", choices=READINGS, default="llada")
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {options.steps}")
     torch.manual_seed(0)
     text = read_text()
     model, characters, losses = train(text, options.reading, options.steps)

@@ -150,6 +150,20 @@ def test_bad_input_is_named(name, options):
         GroupedMoE(16, 8, (4, 3), **({"top_k": 2} | options))
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3), ()])
+def test_the_output_is_no_view_and_may_be_added_to(shape):
+    """FSDP2 warns of views: `y += residual` would drop its hook of the backward."""
+    layer = GroupedMoE(16, 8, 4, top_k=2)
+    x, task = torch.randn(*shape, 16), torch.zeros(shape, dtype=torch.int64)
+    gradients = []
+    for in_place in (False, True):
+        y, _ = layer(x, task)
+        assert y.shape == x.shape and not y._is_view()
+        y = y.add_(x) if in_place else y + x
+        gradients.append(torch.autograd.grad(y.square().sum(), list(layer.parameters())))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_readme_examples_run():
     layer, block, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     names = {}

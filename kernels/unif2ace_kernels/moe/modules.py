@@ -157,7 +157,9 @@ class GroupedMoE(nn.Module):
             y = parallel_experts(
                 tokens, routing, w_in, b_in, w_out, b_out, activation=self.activation, group=self.group
             )
-        return y.view(x.shape), routing
+        # No view for autograd, as matmul's: FSDP2 loses its hook where a module's output is a view that is added to.
+        y = torch.ops.aten._unsafe_view(y, x.shape)
+        return y, routing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupedMoE:
         """The copy has the same group: a group is of processes and has no copy."""
