@@ -128,8 +128,8 @@ if "--nnodes=4" in options:
     smaller = {{"--nnodes=4": "--nnodes=2", "--nproc-per-node=8": "--nproc-per-node=1"}}
     options = [re.sub("=node0:29500$", "=localhost:{port}", smaller.get(each, each)) for each in options]
 else:
-    assert options == ["--nproc-per-node=8"], options
-    options = ["--nproc-per-node=2", "--master-port={port}"]
+    assert options == ["--standalone", "--nproc-per-node=8"], options
+    options = ["--standalone", "--nproc-per-node=2"]
 runs = [torchrun([*options, *program]) for _ in range(nodes)]
 sys.exit(max(run.wait() for run in runs))
 """
