@@ -119,7 +119,7 @@ UNIF2ACE_HOST_DEVICE LossTerms loss_row(const T* logits, const Real* bias, int64
   if (top == -std::numeric_limits<Real>::infinity()) {  // the caller reports it, by its lse
     if (gradient != nullptr) std::fill(gradient, gradient + columns, T{});
     const double none = top;
-    return {-none, -none, none, 0, false};
+    return {product_or_zero(weight.ce, -none), -none, none, 0, false};
   }
   const double sum = exponentiate(scratch, length, top), log_sum = std::log(sum);
   LossTerms terms{0, (static_cast<double>(top) - at_target) + log_sum, top + log_sum, 0, at_target >= top};

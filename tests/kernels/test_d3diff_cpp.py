@@ -120,6 +120,30 @@ def test_logits_and_their_backward(dtype, kind):
     assert torch.equal(NATIVE.d3diff_logits(far, targets, *row_weights, *integers)[0], ours[0])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["plain", "penalty", "mass"])
+def test_a_row_of_weight_0_is_0_whatever_its_logits(kind, bad):
+    rng = torch.Generator().manual_seed(7)
+    targets, row_weights = targets_of(rng), weights(kind, torch.float64, rng)
+    row, integers = int((targets != -100).nonzero()[1]), (START, END, CODES, -100)
+    for each in (row_weights[0], row_weights[1], row_weights[3]):
+        if each is not None:
+            each[row] = 0
+    clean = torch.randn(T, V, generator=rng, dtype=torch.float64)
+    spoilt = clean.clone()
+    spoilt[row] = bad
+    for forward, backward in (
+        (logits_module.logits_torch, logits_module.logits_backward_torch),
+        (NATIVE.d3diff_logits, NATIVE.d3diff_logits_backward),
+    ):
+        results = []
+        for logits in (clean, spoilt):
+            loss, _, lse, mass, _ = forward(logits, targets, *row_weights, *integers)
+            seed = torch.tensor(0.7, dtype=torch.float64)
+            results.append((loss, backward(seed, logits, targets, *row_weights, lse, mass, *integers)))
+        torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_scaled_and_placed(dtype):
     hidden, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 8), (6, 8), (6,)))

@@ -292,6 +292,28 @@ def test_a_row_of_weight_0_is_0_even_where_its_loss_is_infinite(small_tiles):
     assert out.ce[0] == math.inf and out.loss.isfinite() and out.loss > 0 and (out.grad_hidden[0] == 0).all()
 
 
+@pytest.mark.parametrize("score", ["radd", "unnormalized", "full_vocab"])
+def test_a_row_of_weight_0_is_0_whatever_its_logits(small_tiles, score):
+    hidden, weight, bias, targets, m = problem(dtype=torch.float32)
+    targets[0], m[0] = 7, 1  # at full noise the score term weighs nothing under cosine
+    options = {"code_range": CODES, "score": score, "ce_coef": 0.0, "alpha": 1.0, "check_values": False}
+    far, ready = hidden.detach().clone(), (hidden @ weight.t() + bias).detach()
+    far[0, 2:] = 1e38  # logits of +-inf, and NaN
+    spoilt = ready.clone()
+    spoilt[0, 2], spoilt[0, 3], spoilt[0, 4] = math.nan, -math.inf, math.inf
+    with triton_ops():
+        for loss, *inputs in (
+            (lambda each: d3diff.loss(each, weight, bias, targets, m, **options), hidden.detach().clone(), far),
+            (lambda each: d3diff.loss_from_logits(each, targets, m, **options), ready, spoilt),
+        ):
+            results = []
+            for each in inputs:
+                value, stats = loss(each.requires_grad_())
+                results.append((value.detach(), stats.score, *torch.autograd.grad(value, each)))
+            torch.testing.assert_close(*results)
+            assert results[0][0] > 0 and (results[1][2][0] == 0).all()
+
+
 def test_nan_is_not_lost(small_tiles):
     arguments = list(rows_of_two_groups(label=lambda rng, T: (torch.arange(T) > 0) & (torch.arange(T) < 4)))
     arguments[0][0, 2], arguments[4] = math.nan, torch.ones(37, dtype=torch.int64)

@@ -86,6 +86,7 @@ def logits_backward_kernel(
         b_z = tl.load(p_z + i_row * z_stride + o_column, mask=m_softmax, other=float("-inf")).to(tl.float32)
         b_slope = tl.where((o_column >= code_start) & (o_column < code_end), inside, outside)
         b_g = tl.exp(b_z - lse) * b_slope - tl.where(o_column == token, a, 0.0)
+        b_g = tl.where(a == 0, 0.0, b_g)  # a row of weight 0 is 0, also where e^z is not finite
         b_g = tl.where(m_softmax, b_g * tl.load(p_grad_loss).to(tl.float32), 0.0)
     tl.store(p_out + i_row * width + o_column, b_g.to(p_out.dtype.element_ty), mask=o_column < width)
 

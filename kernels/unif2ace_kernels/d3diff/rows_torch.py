@@ -62,12 +62,12 @@ def penalty(u: torch.Tensor) -> torch.Tensor:
 
 
 def row_losses(terms: RowTerms, row: Coefficients) -> torch.Tensor:
-    """a CE + b (e^u - 1 - u) + c P, [m]; a row of weight 0 is 0 even where CE is infinite."""
+    """a CE + b (e^u - 1 - u) + c P, [m]; a row of weight 0 is 0 even where its terms are not finite."""
     loss = torch.where(row.ce == 0, 0, row.ce * terms.ce)
     if row.penalty is not None:
         loss = loss + torch.where(row.penalty == 0, 0, row.penalty * penalty(exponent(terms.lse, row.shift)))
     if row.mass is not None:
-        loss = loss + row.mass * terms.mass
+        loss = loss + torch.where(row.mass == 0, 0, row.mass * terms.mass)
     return loss
 
 

@@ -159,13 +159,13 @@ def weights_at(
 
 @triton.jit
 def row_loss(ce, lse, mass, a, b, shift, c, HAS_PENALTY: tl.constexpr, HAS_MASS: tl.constexpr):
-    """a CE + b (e^u - 1 - u) + c P; a row of weight 0 is 0 even where CE is infinite."""
+    """a CE + b (e^u - 1 - u) + c P; a row of weight 0 is 0 even where its terms are not finite."""
     loss = tl.where(a == 0, 0.0, a * ce)
     if HAS_PENALTY:
         penalty, _ = penalty_and_slope(lse, shift)
         loss += tl.where(b == 0, 0.0, b * penalty)
     if HAS_MASS:
-        loss += c * mass
+        loss += tl.where(c == 0, 0.0, c * mass)
     return loss
 
 
@@ -199,7 +199,8 @@ def exponentials(p_z, p_top, i_column, columns, origin, SEGMENTS: tl.constexpr, 
 @triton.jit
 def store_gradient(p_z, b_e, o_column, columns, target, a, inside, outside, code_start, code_end):
     b_slope = tl.where((o_column >= code_start) & (o_column < code_end), inside, outside)
-    b_g = b_e * b_slope - tl.where(o_column == target, a, 0.0)
+    # A row of weight 0 is 0, also where e^z is not finite.
+    b_g = tl.where(a == 0, 0.0, b_e * b_slope - tl.where(o_column == target, a, 0.0))
     tl.store(p_z + o_column, b_g.to(p_z.dtype.element_ty), mask=o_column < with_padding(columns))
 
 
