@@ -76,9 +76,7 @@ def _cosine(u: torch.Tensor) -> torch.Tensor:
 
 
 def _arccos(u: torch.Tensor) -> torch.Tensor:
-    # acos(u) = 2 asin(sqrt((1 - u) / 2)): acos itself loses half its digits as u -> 1.
-    # The product rounds to above 1 at u = 0.
-    return ((4 / math.pi) * torch.asin(torch.sqrt((1 - u) / 2))).clamp(max=1)
+    return ((2 / math.pi) * torch.acos(u)).clamp(max=1)  # u = 0 may round to above 1
 
 
 _SCHEDULES = {
