@@ -9,7 +9,6 @@ namespace unif2ace {
 namespace {
 
 constexpr int64_t kPiece = 16 * kTile;  // elements of a sample that one thread takes at a time
-constexpr int64_t kStrip = 64;  // elements summed at a time: read by such strips, the terms stream from memory at once
 
 // What both directions know. Terms of a sample: x, then the injected sequences.
 template <class T>
@@ -61,9 +60,9 @@ Tensor mix_cpu(const Tensor& x_, const Tensor& coef_, const Tensor& injected_) {
     const Mixture<T> at(x, coef, injected);
     T* const to = static_cast<T*>(y.mutable_data_ptr());
     at.for_pieces([&](int64_t b, int64_t, int64_t begin, int64_t end) {
-      Real sum[kStrip];
-      for (int64_t j = begin; j < end; j += kStrip) {
-        const int64_t count = std::min(kStrip, end - j);
+      Real sum[kTile];
+      for (int64_t j = begin; j < end; j += kTile) {
+        const int64_t count = std::min(kTile, end - j);
         scale_to(at.x + b * at.size + j, at.coef[b * at.terms], sum, count);
         for (int64_t k = 1; k < at.terms; ++k)
           add_scaled(sum, at.term(at.x, at.injected, b, k) + j, at.coef[b * at.terms + k], count);
@@ -92,14 +91,13 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward_cpu(const Tensor& grad_y_, const
     T* const to_injected = static_cast<T*>(grad_injected.mutable_data_ptr());
     std::vector<Real> products(at.batch * at.pieces * at.terms);  // <grad_y, term> of each piece
     at.for_pieces([&](int64_t b, int64_t piece, int64_t begin, int64_t end) {
-      Real grad[kStrip];
+      Real grad[kTile];
       std::vector<Real> product(at.terms * kTile);
-      for (int64_t j = begin; j < end; j += kStrip) {
-        const int64_t count = std::min(kStrip, end - j);
+      for (int64_t j = begin; j < end; j += kTile) {
+        const int64_t count = std::min(kTile, end - j);
         load(from + b * at.size + j, grad, count);
         for (int64_t k = 0; k < at.terms; ++k) {
-          Real* const sum = product.data() + k * kTile + (j - begin) % kTile;
-          add_product(sum, grad, at.term(at.x, at.injected, b, k) + j, count);
+          add_product(product.data() + k * kTile, grad, at.term(at.x, at.injected, b, k) + j, count);
           scale_to(grad, at.coef[b * at.terms + k], at.term(to_x, to_injected, b, k) + j, count);
         }
       }
