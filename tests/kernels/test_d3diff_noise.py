@@ -8,6 +8,7 @@ import torch
 
 from unif2ace_kernels import d3diff
 from unif2ace_kernels._philox import NOISE_STREAM, random_words, uniform
+from unif2ace_kernels.d3diff.noise_torch import noise_torch
 
 MASK_ID = 999
 
@@ -39,6 +40,13 @@ def test_the_count_is_of_a_product_in_float32_at_least(dtype, length, m):
     m = torch.tensor([m], dtype=dtype)
     _, mask = d3diff.noise(tokens(1, length), m, MASK_ID, seed=3)
     assert mask.sum() == torch.round(length * m.float())
+
+
+@pytest.mark.parametrize("function", [noise_torch, torch.ops.unif2ace.d3diff_noise], ids=["torch", "op"])
+def test_equal_words_are_told_apart_by_their_columns(function):
+    """Row 76 has its 3,035th smallest word twice, in columns 143 and 2719."""
+    _, mask = function(tokens(1, 4096), torch.tensor([3035 / 4096]), MASK_ID, True, 0, 0, 76)
+    assert mask.sum() == 3035 and mask[0, 143] and not mask[0, 2719]
 
 
 def test_every_subset_is_equally_likely():
