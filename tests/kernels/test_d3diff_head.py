@@ -72,7 +72,8 @@ def test_extreme_logits(dtype):
 def test_penalty_beyond_the_exponent_s_range():
     logits = torch.full((1, V), 200.0, requires_grad=True)
     arguments = (torch.tensor([7]), torch.tensor([0.5]), torch.tensor([0]))
-    value, _ = d3diff.loss_from_logits(logits, *arguments, code_range=CODES, score="unnormalized", alpha=1.0)
+    value, stats = d3diff.loss_from_logits(logits, *arguments, code_range=CODES, score="unnormalized", alpha=1.0)
+    torch.testing.assert_close(value.detach(), stats.ce + stats.score)  # the op's own penalty, and rows_torch's
     (gradient,) = torch.autograd.grad(value, logits)
     assert math.isfinite(value.item()) and bool(gradient.isfinite().all()) and bool((gradient[0, 8:20] > 0).all())
     u = torch.tensor([-3.0, 0.0, 1e-5, 70.0], dtype=torch.float64)
