@@ -71,7 +71,7 @@ void gather(const Layout<T>& at, int64_t e, const T* x, T* to) {
   std::fill(to + m * at.hidden, to + at.padded_count(e) * at.hidden, T{});
 }
 
-// h += b_in to where it is kept, and a = act(h), 0 in the padding; gate | value of 2F for a gated activation.
+// h += b_in to where it is kept, unless null, and a = act(h), 0 in the padding; gate | value of 2F for a gated activation.
 template <class T>
 void activate(const Layout<T>& at, Activation act, int64_t e, const T* product, const T* b_in, T* h, T* a) {
   using Real = ComputeOf<T>;
@@ -81,7 +81,7 @@ void activate(const Layout<T>& at, Activation act, int64_t e, const T* product, 
     const auto biased = [&](int64_t row, int64_t j, int64_t count) {
       load(product + row * at.width_in + j, x, count);
       if (b_in != nullptr) add(x, b_in + j, count);
-      store(x, h + row * at.width_in + j, count);
+      if (h != nullptr) store(x, h + row * at.width_in + j, count);
     };
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t j = 0; j < at.width; j += kTile) {
@@ -218,13 +218,14 @@ void with_weight(const Tensor& weight, const Run& run) {
 
 std::tuple<Tensor, Tensor> experts_cpu(const Tensor& x_, const Tensor& weight_, const Tensor& order_,
                                        const Tensor& offsets_, const Tensor& w_in, std::optional<Tensor> b_in_,
-                                       const Tensor& w_out, std::optional<Tensor> b_out_, std::string activation) {
+                                       const Tensor& w_out, std::optional<Tensor> b_out_, std::string activation,
+                                       bool keep_h) {
   const Activation act = activation_named(activation);
   const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
   const Tensor order = torch::stable::contiguous(order_), offsets = torch::stable::contiguous(offsets_);
   const std::optional<Tensor> b_in = contiguous(b_in_), b_out = contiguous(b_out_);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  Tensor h = torch::stable::new_empty(x, {order.numel(), w_in.size(2)});
+  Tensor h = torch::stable::new_empty(x, {keep_h ? order.numel() : 0, w_in.size(2)});
   dispatch(x.scalar_type(), "x", [&](auto* of) {
     using T = std::remove_pointer_t<decltype(of)>;
     const Layout<T> at(x, weight, order, offsets, w_in, w_out);
@@ -241,7 +242,7 @@ std::tuple<Tensor, Tensor> experts_cpu(const Tensor& x_, const Tensor& weight_, 
       gather(at, e, x_data, x_e);
       at.matrix(product, m, at.width_in).be_product(at.matrix(x_e, m, at.hidden), at.w_in(e));
       activate(at, act, e, product, b_in ? data_of<T>(b_in) + e * at.width_in : nullptr,
-               h_data + at.offsets[e] * at.width_in, a);
+               keep_h ? h_data + at.offsets[e] * at.width_in : nullptr, a);
       at.matrix(y_rows + at.padded[e] * at.hidden, m, at.hidden).be_product(at.matrix(a, m, at.width), at.w_out(e));
     });
     with_weight(weight, [&](const auto* w) {
@@ -342,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(unif2ace_native, m) {
   m.def(
       "moe_experts(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor w_in, Tensor? b_in, Tensor w_out,"
-      " Tensor? b_out, str activation) -> (Tensor, Tensor)");
+      " Tensor? b_out, str activation, bool keep_h=True) -> (Tensor, Tensor)");
   m.def(
       "moe_experts_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor order, Tensor offsets,"
       " Tensor w_in, Tensor w_out, Tensor? b_out, bool has_b_in, str activation)"

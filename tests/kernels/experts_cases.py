@@ -58,7 +58,7 @@ def in_torch(activation):
 def in_triton(activation, x, routing, parameters, grad_y, choose=small):
     w_in, b_in, w_out, b_out = parameters
     where = routing.weight, routing.order, routing.offsets
-    y, h = experts_triton.forward(x, *where, *parameters, activation, choose)
+    y, h = experts_triton.forward(x, *where, *parameters, activation, choose=choose)
     grads = experts_triton.backward(
         grad_y, x, h, *where, w_in, w_out, b_out, b_in is not None, activation, choose
     )  # fmt: skip

@@ -194,3 +194,17 @@ class ZerosMade(TorchDispatchMode):
         if function.name() in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
             self.sizes.append(made.numel())
         return made
+
+
+class Called(TorchDispatchMode):
+    """What each call of an op, "namespace::name", returned meanwhile."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.results = name, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.name() == self.name:
+            self.results.append(result)
+        return result

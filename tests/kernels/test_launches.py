@@ -82,7 +82,7 @@ def experts(activation: str, backward: bool, T: int = 16384, D: int = 2048, F: i
     w_in = empty(A, 2 * F, D).transpose(1, 2) if gated else empty(A, D, F)
     w_out = empty(A, D, F).transpose(1, 2) if gated else empty(A, F, D)
     b_in, b_out = (None, None) if gated else (empty(A, F), empty(A, D))
-    y, h = experts_triton.forward(x, weight, order, offsets, w_in, b_in, w_out, b_out, activation)
+    y, h = experts_triton.forward(x, weight, order, offsets, w_in, b_in, w_out, b_out, activation, backward)
     if backward:
         experts_triton.backward(y, x, h, weight, order, offsets, w_in, w_out, b_out, b_in is not None, activation)
 

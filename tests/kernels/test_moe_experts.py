@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from route_cases import ZerosMade
+from route_cases import Called, ZerosMade
 
 from unif2ace_kernels._library import explain, runnable
 from unif2ace_kernels.moe import experts, reference, route
@@ -236,6 +236,43 @@ def test_saves_x_h_and_routing_only():
     rows, width = len(routing.order), parameters[2].shape[1]
     weights = sum(each.numel() for each in (parameters[0], parameters[2], parameters[3]))
     assert sum(sizes) == x.numel() + rows * width + 2 * rows + len(routing.offsets) + weights
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("name", ["c++", "torch"])
+def test_without_a_backward_h_is_not_kept(name, activation):
+    """Rows of two experts, more than one block of them, in a dtype whose rows are padded."""
+    forward = {each.name: each.function for each in runnable("moe_experts", "cpu")}.get(name)
+    if forward is None:
+        pytest.skip("extension not built")
+    x, routing, parameters = make(90, sizes=(2,), shared=0, activation=activation, width=300)
+    x, *parameters = (each.bfloat16() for each in (x, *parameters))
+    given = x, routing.weight.float(), routing.order, routing.offsets, *parameters, activation
+    y, h = forward(*given, False)
+    assert h.shape == (0, parameters[0].shape[2])
+    assert torch.equal(y, forward(*given, True)[0]) and torch.equal(y, forward(*given)[0])
+
+
+def test_h_is_kept_where_something_asks_for_gradients():
+    x, routing, parameters = make(20)
+    routing = routing._replace(weight=routing.weight.detach())
+    with Called("unif2ace::moe_experts") as called:
+        experts(x, routing, *parameters, activation="gelu_tanh")
+        for leaf in (x, routing.weight, *parameters):
+            leaf.requires_grad_()
+            experts(x, routing, *parameters, activation="gelu_tanh").sum().backward()
+            with torch.no_grad():
+                experts(x, routing, *parameters, activation="gelu_tanh")
+            leaf.requires_grad_(False)
+    assert [len(h) for _, h in called.results] == [0, *[60, 0] * 6]
+
+
+def test_a_backward_without_h_is_refused():
+    x, routing, parameters = make(20)
+    given = x.requires_grad_(), routing.weight.detach(), routing.order, routing.offsets, *parameters, "gelu_tanh"
+    y, _ = torch.ops.unif2ace.moe_experts(*given, False)
+    with pytest.raises(RuntimeError, match="keep_h=True where a backward follows"):
+        y.sum().backward()
 
 
 def test_backward_is_handed_no_zeros_for_what_nothing_reads():

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from experts_cases import EDGES, NAMES, cast, check, in_triton, mixture  # noqa: E402
+from experts_cases import EDGES, NAMES, cast, check, in_triton, mixture, small  # noqa: E402
 
 from unif2ace_kernels._triton import float32_precision  # noqa: E402
 from unif2ace_kernels.moe import experts_triton  # noqa: E402
@@ -49,6 +49,15 @@ def test_other_tiles_have_the_same_result(triton_interpreter, launch):
     """Epilogues in four pieces and whole; one row tile and eight visited together; a step larger than the rows."""
     problem = mixture(14, width=70, sizes=(3,), shared=0, activation="geglu")
     check("geglu", torch.float32, *problem, choose=lambda *_: launch)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_without_a_backward_h_is_not_kept(triton_interpreter, activation):
+    x, routing, parameters, _ = cast(torch.float32, *mixture(20, activation=activation))
+    given = x, routing.weight, routing.order, routing.offsets, *parameters, activation
+    y, h = experts_triton.forward(*given, False, choose=small)
+    assert h.shape == (0, parameters[0].shape[2])
+    assert torch.equal(y, experts_triton.forward(*given, choose=small)[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -80,23 +80,29 @@ def forward(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
+    keep_h: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See `functions.experts`; returns y [T, D] and the pre-activations h [R, F or 2F] in the order of the rows."""
+    """See `functions.experts`; returns y [T, D] and the pre-activations h [R, F or 2F] in the order of the rows.
+
+    Without `keep_h` h is that of no row.
+    """
     slots, bounds, step = weight.shape[1], offsets.tolist(), _row_step(x)
     x = x.contiguous()
     tokens = order // slots
     # `step` rows too many: a product may write past its expert's rows, where the next expert writes after it.
-    h = x.new_empty(len(order) + step, w_in.shape[2])
+    longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
+    h = x.new_empty((len(order) if keep_h else longest) + step, w_in.shape[2])
     y_rows = x.new_empty(len(order) + step, x.shape[1])
     for e, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:
             continue
         x_e = _gather(x, tokens[start:stop], step)
         own = slice(start, start + len(x_e))
-        h_e = _product(x_e, w_in[e], None if b_in is None else b_in[e], h[own])
+        h_own = h[own] if keep_h else h[: len(x_e)]
+        h_e = _product(x_e, w_in[e], None if b_in is None else b_in[e], h_own)
         a_e = activation_torch.forward(h_e, activation)
         _product(a_e, w_out[e], None if b_out is None else b_out[e], y_rows[own])
-    return _combine(y_rows, _position(order, slots), weight), h[: len(order)]
+    return _combine(y_rows, _position(order, slots), weight), h[: len(order) if keep_h else 0]
 
 
 def backward(

@@ -10,8 +10,8 @@ R = T * S rows (slots sorted by expert), A experts, D hidden, F width, H = F or 
                grad_w_out = (weight a)^T grad_y[token],  grad_w_in = x[token]^T grad_h
                grad_h w_in^T -> a row for each slot, combined       writes and reads R D, writes T D
 
-Saved are x, h, the routing and the parameters. Sums are float32, and each has one order: the same bits on every run.
-Nothing is read on the host: the calls can be captured as a CUDA graph.
+Saved are x, h, the routing and the parameters; where no backward follows up writes R F alone. Sums are float32, and
+each has one order: the same bits on every run. Nothing is read on the host: the calls can be captured as a CUDA graph.
 
 Whether these products or torch.nn.functional.grouped_mm run is decided by measuring `moe.layer` on a GPU, in
 benchmarks/cases/moe.py, where "sort + grouped_mm" has its gathers, biases and sums counted in. `_rows_times_weight`
@@ -109,22 +109,27 @@ def forward(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
+    keep_h: bool = True,
     choose: Choose = choose,
 ) -> tuple[Tensor, Tensor]:
-    """See `functions.experts`; returns y [T, D] and the pre-activations h [R, F or 2F] in the order of the rows."""
+    """See `functions.experts`; returns y [T, D] and the pre-activations h [R, F or 2F] in the order of the rows.
+
+    Without `keep_h` h is that of no row.
+    """
     rows, slots, (experts, width, hidden) = len(order), weight.shape[1], w_out.shape
     expect(rows < 2**31, "x", "fewer than 2**31 rows, tokens times slots", rows)
     x, weight, order, offsets = (each.contiguous() for each in (x, weight, order, offsets))
     b_in, b_out = (None if bias is None else bias.contiguous() for bias in (b_in, b_out))
     w_in, w_out = _matrices(w_in), _matrices(w_out)
-    h, a = x.new_empty(rows, w_in.shape[2]), x.new_empty(rows, width)
+    h, a = x.new_empty(rows if keep_h else 0, w_in.shape[2]), x.new_empty(rows, width)
     with torch.cuda.device_of(x):
         if a.numel():
             gated = activation in GATED
             launch = choose(UP_GATED if gated else UP, x, rows, experts, width, hidden)
             grid = (_row_tiles(rows, experts, launch.BLOCK_M) * triton.cdiv(width, launch.BLOCK_N),)
-            up_kernel[grid](x, order, offsets, w_in, b_in, h, a, *w_in.stride(), activation, gated, slots, experts,
-                            width, hidden, float32_precision(), PIECE=launch.piece, **launch._asdict())  # fmt: skip
+            up_kernel[grid](x, order, offsets, w_in, b_in, h if keep_h else None, a, *w_in.stride(), activation, gated,
+                            slots, experts, width, hidden, float32_precision(), PIECE=launch.piece,
+                            **launch._asdict())  # fmt: skip
         by_slot = _rows_times_weight(a, order, offsets, w_out, b_out, choose)
         return _combine(by_slot, weight, slots), h
 

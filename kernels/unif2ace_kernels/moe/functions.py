@@ -218,7 +218,10 @@ def experts(
     """
     expect_routing(routing)
     x, *parameters = fit_experts(x, routing, w_in, b_in, w_out, b_out, activation, len(routing.counts))
-    y: Tensor = experts_op(x, routing.weight, routing.order, routing.offsets, *parameters, activation)[0]
+    inputs = x, routing.weight, *parameters
+    # The pre-activations are for a backward: without one they are neither written nor held.
+    keep_h = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+    y: Tensor = experts_op(x, routing.weight, routing.order, routing.offsets, *parameters, activation, keep_h)[0]
     return y
 
 

@@ -135,13 +135,14 @@ arrange_op = register(
 
 
 def _experts_fake(
-    x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, w_in: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(order.shape[0], w_in.shape[2])
+    x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor,
+    b_out: Tensor | None, activation: str, keep_h: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), x.new_empty(order.shape[0] if keep_h else 0, w_in.shape[2])
 
 
 def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, order, offsets, w_in, b_in, w_out, b_out, ctx.activation = inputs
+    x, weight, order, offsets, w_in, b_in, w_out, b_out, ctx.activation, ctx.kept_h = inputs
     ctx.has_bias = b_in is not None, b_out is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else backward would be handed zeros of the size of h
@@ -150,10 +151,12 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _experts_autograd(ctx: Any, grad_y: Tensor | None, _grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return (None,) * 9
+        return (None,) * 10
+    if not ctx.kept_h:
+        raise RuntimeError("moe_experts: expected keep_h=True where a backward follows, got False")
     has_in, has_out = ctx.has_bias
     x, weight, w_in, b_in, w_out, b_out = experts_backward_op(grad_y, *ctx.saved_tensors, has_in, ctx.activation)
-    return x, weight, None, None, w_in, b_in if has_in else None, w_out, b_out if has_out else None, None
+    return x, weight, None, None, w_in, b_in if has_in else None, w_out, b_out if has_out else None, None, None
 
 
 def _experts_backward_fake(
@@ -180,7 +183,7 @@ experts_backward_op = register(
 )
 experts_op = register(
     "moe_experts(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor w_in, Tensor? b_in, Tensor w_out,"
-    " Tensor? b_out, str activation) -> (Tensor, Tensor)",
+    " Tensor? b_out, str activation, bool keep_h=True) -> (Tensor, Tensor)",
     implementations=[
         triton_implementation(f"{__package__}.experts_triton", "forward"),
         compiled("moe_experts", "cpu"),

@@ -30,6 +30,8 @@ def store_up(
 ):
     """The epilogue of `up_kernel` for the columns from `first` of a tile with `left` rows; p_h, p_a: its first row.
 
+    p_h is None where no backward follows.
+
     PIECE columns at a time, which bounds the registers that it needs.
     """
     if b_h.shape[1] > PIECE:
@@ -48,10 +50,11 @@ def store_up(
             b_value += tl.load(p_bias + N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     # [BLOCK_M, columns]
     m_tile = (o_m < left)[:, None] & m_n[None, :]
-    o_h = o_m[:, None] * (2 * N if PAIR else N) + o_n[None, :]
-    tl.store(p_h + o_h, b_h.to(p_h.dtype.element_ty), mask=m_tile)
-    if PAIR:
-        tl.store(p_h + N + o_h, b_value.to(p_h.dtype.element_ty), mask=m_tile)
+    if p_h is not None:
+        o_h = o_m[:, None] * (2 * N if PAIR else N) + o_n[None, :]
+        tl.store(p_h + o_h, b_h.to(p_h.dtype.element_ty), mask=m_tile)
+        if PAIR:
+            tl.store(p_h + N + o_h, b_value.to(p_h.dtype.element_ty), mask=m_tile)
     b_a = activate(b_h, b_value, ACTIVATION)
     tl.store(p_a + o_m[:, None] * N + o_n[None, :], b_a.to(p_a.dtype.element_ty), mask=m_tile)
 
@@ -104,7 +107,8 @@ def up_kernel(
         BLOCK_K,
     )
     p_b = p_bias + i_expert.to(tl.int64) * H if p_bias is not None else None
-    p_h_row, p_a_row = p_h + row.to(tl.int64) * H, p_a + row.to(tl.int64) * N
+    p_h_row = p_h + row.to(tl.int64) * H if p_h is not None else None
+    p_a_row = p_a + row.to(tl.int64) * N
     store_up(b_h, b_value, p_b, p_h_row, p_a_row, end - row, i_n * BLOCK_N, ACTIVATION, PAIR, N, PIECE)
 
 
