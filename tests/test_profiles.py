@@ -131,7 +131,7 @@ def test_stages_of_the_model_say_that_transformers_is_missing(tmp_path, monkeypa
     stages = {stage.name: stage for stage in gpu.plan({"cuda": True}, tmp_path, dry_run=True)}
     for name in ("tests gpu model", "bench model.step base", "bench sampling.generate base", "bench model.block base"):
         assert "transformers" in stages[name].missing
-    assert stages["bench moe.layer gpu-core"].missing is None
+    assert stages["bench moe.layer gpu-core bfloat16"].missing is None
     (tmp_path / "transformers").mkdir()
     stages = {stage.name: stage for stage in gpu.plan({"cuda": True}, tmp_path, dry_run=True, path=[str(tmp_path)])}
     assert stages["bench model.step base"].missing is None

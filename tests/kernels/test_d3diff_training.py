@@ -1,12 +1,11 @@
 """The loss where models are trained: checkpointing, FSDP2, dynamic shapes, and the switch that looks at values."""
 
 import math
-import socket
 
 import pytest
+import ranks
 import torch
 import torch._dynamo.testing
-import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 from unif2ace_kernels import d3diff
@@ -78,38 +77,24 @@ def test_any_number_of_samples_in_one_compiled_graph():
     assert counter.frame_count <= 2
 
 
-def _shard(rank: int, port: int, results) -> None:
+def _on_two_ranks(group: torch.distributed.ProcessGroup) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    try:
-        torch.manual_seed(0)
-        module = Head()
-        fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
-        value = module(*batch(rank, 2))
-        value.backward()
-        found = {name: each.grad.full_tensor() for name, each in module.named_parameters()}
-        if rank == 0:
-            results.put({name: each.tolist() for name, each in found.items()})
-    finally:
-        torch.distributed.destroy_process_group()
+    whole = Head()
+    wanted = gradients(whole, sum(whole(*batch(rank, 2)) for rank in range(2)) / 2)
+    torch.manual_seed(0)
+    module = Head()
+    fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    module(*batch(group.rank(), 2)).backward()
+    found = {name: each.grad.full_tensor() for name, each in module.named_parameters()}
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.slow
 def test_fsdp2_shards_the_head():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(_shard, args=(port, results), nprocs=2, start_method="spawn")
-    found = {name: torch.tensor(each) for name, each in results.get().items()}
-    torch.manual_seed(0)
-    module = Head()
-    wanted = gradients(module, sum(module(*batch(rank, 2)) for rank in range(2)) / 2)
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    assert ranks.run(2, [("head", _on_two_ranks)]) == {"head": ""}
 
 
 def arguments(**change):
