@@ -266,3 +266,18 @@ def test_what_cannot_be_opened(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="datasets cannot read"):
         opened(tmp_path / "x", kind="datasets")
+
+
+@pytest.mark.parametrize("where", ["name of a column", "statistics", "record"])
+def test_parquet_whose_words_are_no_text(tmp_path, where):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, damaged = tmp_path / "faces.parquet", b"smile" if where == "name of a column" else b"caption 0"
+    table = pa.Table.from_pylist([{**sets.record(0), "smile": "caption 0"}])
+    pq.write_table(table, path, compression="none", write_statistics=where == "statistics", store_schema=False)
+    content = path.read_bytes()
+    assert damaged in content
+    path.write_bytes(content.replace(damaged, b"\x80" + damaged[1:]))
+    with pytest.raises(UserError, match=r"faces\.parquet.* can't decode byte 0x80"):
+        opened(path)

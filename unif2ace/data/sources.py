@@ -170,7 +170,6 @@ class ParquetSource(Source):
 
     def __init__(self, path: Path, images: Path, fields: FieldMap, where: str = "data") -> None:
         try:
-            import pyarrow
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise UserError("parquet files need pyarrow: pip install 'unif2ace[data]'") from error
@@ -181,12 +180,12 @@ class ParquetSource(Source):
         for number, file in enumerate(self._files):
             try:
                 metadata = parquet.read_metadata(file)
-            except (OSError, pyarrow.ArrowInvalid) as error:
+                footers.append(f"{file.name} {file.stat().st_size} {metadata.to_dict()}".encode())
+            except (OSError, ValueError) as error:  # ArrowInvalid, names and statistics that are no text
                 raise UserError(f"{where}.path: {file} is not a parquet file that can be read ({error})") from error
             for group in range(metadata.num_row_groups):
                 groups.append((number, group))
                 firsts.append(firsts[-1] + metadata.row_group(group).num_rows)
-            footers.append(f"{file.name} {file.stat().st_size} {metadata.to_dict()}".encode())
         self._groups, self._firsts, self.fingerprint = groups, np.array(firsts), digest(*footers)
         if not firsts[-1]:
             raise UserError(f"{where}.path: {path} holds no records")
@@ -208,15 +207,13 @@ class ParquetSource(Source):
         return int(np.searchsorted(self._firsts, index, side="right")) - 1
 
     def _record(self, index: int) -> dict[str, Any]:
-        import pyarrow
-
         number = self._group_of(index)
         file, group = self._groups[number]
         try:
             table = _row_group(self._files[file], group)
-        except (OSError, pyarrow.ArrowInvalid) as error:
+            return table.slice(index - int(self._firsts[number]), 1).to_pylist()[0]
+        except (OSError, ValueError) as error:
             raise SampleError(f"{self._files[file]} row group {group}", str(error)) from error
-        return table.slice(index - int(self._firsts[number]), 1).to_pylist()[0]
 
 
 @functools.lru_cache(maxsize=2)
