@@ -10,6 +10,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/exponential.h"
 #include "common/gumbel.cuh"
 #include "common/philox.cuh"
 #include "sampling/score.cuh"
@@ -29,26 +30,6 @@ constexpr int64_t kBlock = 256;  // scratch rows are padded with -inf to blocks,
 constexpr int64_t kLanes = 16;   // partial results of a reduction, one order for every instruction set
 
 constexpr int64_t padded(int64_t codes) { return (codes + kBlock - 1) / kBlock * kBlock; }
-
-// e**x for x <= 0, to about an ulp; 0 below the smallest normal number.
-UNIF2ACE_HOST_DEVICE float exp_of_negative(float x) {
-  const float lowest = -87.33654f;
-  const float clamped = x > lowest ? x : lowest;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2**23: rounds to an integer in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (clamped - n * 0x1.62E4p-1f) - n * 0x1.7F7D1Cp-20f;
-  float p = 1.0f / 5040;  // the series: |r| <= ln(2) / 2, so its next term is below 6e-9
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = (p * r) * r + r;
-  const float power = bits_float((float_bits(shifted) - float_bits(12582912.0f) + 127) << 23);
-  return x > lowest ? p * power + power : 0.0f;
-}
-
-UNIF2ACE_HOST_DEVICE double exp_of_negative(double x) { return std::exp(x); }
 
 template <class T>
 UNIF2ACE_HOST_DEVICE T largest_of_block(const T* values) {
@@ -147,14 +128,14 @@ UNIF2ACE_HOST_DEVICE int64_t gumbel_max(T* shifted, T* weights, int64_t codes, i
   const int64_t length = padded(codes);
   if (inverse != T(1)) {
     for (int64_t i = 0; i < length; ++i) shifted[i] *= inverse;
-    for (int64_t i = 0; i < length; ++i) weights[i] = exp_of_negative(shifted[i]);
+    for (int64_t i = 0; i < length; ++i) weights[i] = exp_nonpositive(shifted[i]);
   }
   if (o.top_k > 0 && o.top_k < codes) {
     std::copy(shifted, shifted + codes, weights);
     std::nth_element(weights, weights + o.top_k - 1, weights + codes, std::greater<T>());
     const T smallest = weights[o.top_k - 1];
     for (int64_t i = 0; i < length; ++i) shifted[i] = shifted[i] < smallest ? none : shifted[i];
-    for (int64_t i = 0; i < length; ++i) weights[i] = exp_of_negative(shifted[i]);
+    for (int64_t i = 0; i < length; ++i) weights[i] = exp_nonpositive(shifted[i]);
   }
   int64_t winner = race(shifted, weights, length, likeliest, row, o);
   if (o.top_p >= 1) return winner;
@@ -226,7 +207,7 @@ UNIF2ACE_HOST_DEVICE void draw_row(const Logit& logit, int64_t codes, uint32_t r
     T *const block = shifted + first, *const block_weights = weights + first;
     T terms[kBlock];
     for (int64_t i = 0; i < kBlock; ++i) block[i] -= likeliest.score;
-    for (int64_t i = 0; i < kBlock; ++i) block_weights[i] = exp_of_negative(block[i]);
+    for (int64_t i = 0; i < kBlock; ++i) block_weights[i] = exp_nonpositive(block[i]);
     total += sum_of_block(block_weights);
     if (o.confidence == Confidence::kNegEntropy) {
       for (int64_t i = 0; i < kBlock; ++i)
