@@ -240,6 +240,20 @@ def test_pickles_are_never_read(folder):
         ShardSource(folder / "x.tar")[0]
 
 
+@pytest.mark.parametrize("change", [(b"(4,)", b"(4, "), (b"}", b"\0")], ids=["open bracket", "null byte"])
+def test_an_array_whose_header_cannot_be_read(folder, change):
+    """numpy parses it as Python and lets the errors of Python's parser through."""
+    array = io.BytesIO()
+    np.save(array, np.arange(4))
+    content = array.getvalue()
+    assert change[0] in content
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        add(tar, "0.txt", b"a face")
+        add(tar, "0.codes.npy", content.replace(*change))
+    with pytest.raises(SampleError, match="an array of it is damaged .*header cannot be"):
+        ShardSource(folder / "x.tar")[0]
+
+
 def test_features_are_left_where_they_are_when_nobody_wants_them(folder):
     """Damage to them included: a row that paints does not care."""
     source = damaged(folder, "semantic.npy", lambda content: content[:-1] + bytes([content[-1] ^ 1]))

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import tarfile
+import tokenize
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -298,7 +299,10 @@ def _header(content: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     file = io.BytesIO(content)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("it is of another version of the format than 1.0")
-    shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+    except (SyntaxError, tokenize.TokenError) as error:  # numpy reads it as Python's words, and lets these through
+        raise ValueError(f"its header cannot be read ({error})") from error
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never unpickled")
     if columns_first and len(shape) > 1:
