@@ -55,6 +55,9 @@ class QuickEncoding:
     def check(self, where: str) -> QuickEncoding:
         return self
 
+    def of_process(self, number: int) -> QuickEncoding:
+        return self
+
     def build(self) -> Encoding:
         def framed(picture: np.ndarray, side: int) -> np.ndarray:
             time.sleep(self.seconds)
@@ -76,6 +79,21 @@ class DyingEncoding(QuickEncoding):
             return square_frame(picture, side)
 
         return dataclasses.replace(super().build(), frame=framed)
+
+
+@dataclass(frozen=True)
+class CountedEncoding(QuickEncoding):
+    """Leaves a file in `folder` for every process that builds it, named by the process's number."""
+
+    folder: str = ""
+    number: int | None = None
+
+    def of_process(self, number: int) -> CountedEncoding:
+        return dataclasses.replace(self, number=number)
+
+    def build(self) -> Encoding:
+        Path(self.folder, str(self.number)).touch(exist_ok=False)
+        return super().build()
 
 
 class PickyIdentity(QuickIdentity):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import sets
-from quick import DyingEncoding, PickyEncoding, QuickEncoding, job
+from quick import CountedEncoding, DyingEncoding, PickyEncoding, QuickEncoding, job
 
 from unif2ace.cli import main
 from unif2ace.data import precompute as module
@@ -72,6 +72,20 @@ def test_the_manifest_says_what_is_there(raw, tmp_path):
 def test_the_number_of_processes_changes_no_byte(raw, undisturbed, tmp_path):
     made(raw, tmp_path, processes=2)
     assert content(tmp_path) == undisturbed
+
+
+def test_processes_are_numbered_and_go_over_the_gpus(raw, tmp_path, monkeypatch):
+    built = tmp_path / "built"
+    built.mkdir()
+    made(raw, tmp_path / "out", CountedEncoding(folder=str(built)), processes=3)
+    assert {each.name for each in built.iterdir()} == {"None", "0", "1", "2"}  # None: the one that asks what is made
+
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
+    spread = EncodingConfig("", identity="sface", device="cuda")
+    assert [spread.of_process(each).device for each in range(5)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert spread.of_process(1) == EncodingConfig("", identity="sface", device="cuda:1")
+    for device in ("cpu", "cuda:1"):
+        assert EncodingConfig("", device=device).of_process(3) == EncodingConfig("", device=device)
 
 
 def test_done_is_done(raw, undisturbed, tmp_path, monkeypatch):

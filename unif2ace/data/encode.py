@@ -40,7 +40,7 @@ class EncodingConfig:
     identity: name of an encoder of `unif2ace.encoders`, or none.
     semantic: likewise; or `image_tokenizer`, its latents.
     frame: `face`: the largest face is found and brought into the model's frame; `square`: the middle of the picture.
-    device: where networks compute.
+    device: where networks compute; where several processes do, `cuda` spreads them over the GPUs.
     """
 
     tokenizer: str
@@ -56,6 +56,13 @@ class EncodingConfig:
         if self.frame not in FRAMES:
             raise UserError(f"{where}.frame: expected one of {', '.join(FRAMES)}, got {self.frame!r}")
         return self
+
+    def of_process(self, number: int) -> EncodingConfig:
+        """The config that process `number` of several is to build: a device "cuda" is one GPU after another of them."""
+        device = torch.device(self.device)
+        if device.type != "cuda" or device.index is not None:
+            return self
+        return dataclasses.replace(self, device=f"cuda:{number % torch.cuda.device_count()}")
 
     def build(self) -> Encoding:
         """Load the networks.

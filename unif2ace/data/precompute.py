@@ -210,15 +210,19 @@ def _one_thread() -> None:
 _worker: _Worker | None = None  # of a process of the pool
 
 
-def _start(config: PrecomputeConfig, job: str, done: Any) -> None:
+def _start(config: PrecomputeConfig, job: str, done: Any, started: Any) -> None:
     global _worker
 
     def step(count: int) -> None:
         with done.get_lock():
             done.value += count
 
+    with started.get_lock():
+        number = started.value
+        started.value += 1
     _one_thread()
-    _worker = _Worker(config, job, open_source(config.set, "set"), config.encoding.build(), step)
+    encoding = config.encoding.of_process(number).build()
+    _worker = _Worker(config, job, open_source(config.set, "set"), encoding, step)
 
 
 def _run(number: int) -> dict[str, Any]:
@@ -232,8 +236,8 @@ def _made_beside(config: PrecomputeConfig, job: str, shards: list[int], bar: tqd
     # Networks and their threads do not survive a fork of this process; one that has only imported may be forked.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    done = context.Value("q", 0)
-    with ProcessPoolExecutor(count, context, _start, (config, job, done)) as pool:
+    done, started = context.Value("q", 0), context.Value("q", 0)
+    with ProcessPoolExecutor(count, context, _start, (config, job, done, started)) as pool:
         waiting = iter(shards)
         running: set[Future] = {pool.submit(_run, shard) for shard in itertools.islice(waiting, 2 * count)}
         try:
