@@ -5,6 +5,8 @@
 OLD and NEW are result files or folders of them. Ours is compared with ours, case by case. A case is slower, or faster,
 where three things agree: the quartile ranges do not overlap; the median moved by more than the margin; and it moved so
 beside the other contenders of the case, which tell what the machine did meanwhile (where both runs had the same torch).
+The quartiles of a run know nothing of the noise between two. The other contenders do, whose code did not change: where
+there are enough of them, the margin is at least what 99 in 100 of them moved beside the rest of their case.
 On a GPU more memory and more launches are told as well: they have no noise. The exit status is 1 if something got worse
 or a case is gone or broken, and 2 if there is nothing to compare: no results, damaged ones, different devices.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,6 +26,7 @@ from .case import OURS
 from .results import is_case, naming
 
 MARGIN = 1.05
+ENOUGH = 50  # contenders that did not change: of fewer, the largest movements say little
 _CASE = ("op", "shape", "dtype", "mode")
 _DEVICE = ("device_name", "threads")
 Cases = dict[tuple[str, ...], dict[str, dict]]  # case -> contender -> record
@@ -63,16 +67,32 @@ class Changes:
         return bool(self.slower or self.larger or self.gone)
 
 
-def drift(before: dict[str, dict], after: dict[str, dict]) -> float | None:
-    """How much slower the machine was, by the median over the case's other contenders; None where nothing tells."""
+def unchanged(before: dict[str, dict], after: dict[str, dict]) -> dict[str, float]:
+    """The case's other contenders, with the same torch in both runs: time after over time before."""
     if before[OURS]["versions"]["torch"] != after[OURS]["versions"]["torch"]:
-        return None
-    ratios = [
-        after[name]["median_ms"] / before[name]["median_ms"]
+        return {}
+    return {
+        name: after[name]["median_ms"] / before[name]["median_ms"]
         for name in before.keys() & after.keys()
         if not name.startswith(OURS) and "median_ms" in before[name] and "median_ms" in after[name]
-    ]
+    }
+
+
+def drift(before: dict[str, dict], after: dict[str, dict]) -> float | None:
+    """How much slower the machine was, by the median over the case's other contenders; None where nothing tells."""
+    ratios = unchanged(before, after).values()
     return statistics.median(ratios) if ratios else None
+
+
+def noise(old: Cases, new: Cases) -> float | None:
+    """What 99 in 100 of the unchanged contenders moved at most, beside the others of their case; None: too few tell."""
+    moves = []
+    for case in old.keys() & new.keys():
+        ratios = unchanged(old[case], new[case])
+        for name, ratio in ratios.items():
+            if rest := [each for other, each in ratios.items() if other != name]:
+                moves.append(math.exp(abs(math.log(ratio / statistics.median(rest)))))
+    return sorted(moves)[int(0.99 * len(moves))] if len(moves) >= ENOUGH else None
 
 
 def moved(before: dict[str, dict], after: dict[str, dict], margin: float) -> int:
@@ -115,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--margin", type=float, default=MARGIN, help="a smaller change of the median is none")
+    parser.add_argument("--margin", type=float, default=MARGIN, help="a smaller change is none (%(default)s)")
     options = parser.parse_args(arguments)
     try:
         old, new = load(options.old), load(options.new)
@@ -125,8 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no results of ours in {options.new if old else options.old}")
     if devices(old) != devices(new):
         parser.error(f"results of different devices: {sorted(devices(old))} and {sorted(devices(new))}")
-    found = compare(old, new, options.margin)
-    print(f"{len(old.keys() & new.keys())} cases in both")
+    between = noise(old, new)
+    found = compare(old, new, max(options.margin, between or 0.0))
+    known = "is not known" if between is None else f"hides changes under x{between:.2f}"
+    print(f"{len(old.keys() & new.keys())} cases in both; the noise between the runs {known}")
     for kind in ("slower", "faster", "larger", "gone", "new"):
         each = getattr(found, kind)
         print(f"{len(each)} {kind}" + "".join(f"\n  {line}" for line in each))

@@ -47,6 +47,19 @@ def test_compare_asks_the_others_what_the_machine_did(tmp_path: Path, peer, torc
     assert compared(tmp_path, old, new) == status
 
 
+@pytest.mark.parametrize(("swing", "after", "slower"), [(1.0, 12.0, 1), (1.3, 13.0, 0), (1.3, 16.0, 1)])
+def test_compare_learns_the_noise_between_runs_from_those_that_did_not_change(tmp_path, capsys, swing, after, slower):
+    old, new = [], []
+    for case in range(30):  # two others each; the second of every case moves one way or the other
+        for name, ratio in (("ours", 1.0), ("a", 1.0), ("b", swing ** (-1) ** case)):
+            old.append(line(10.0, shape=f"s{case}", contender=name))
+            new.append(line(10.0 * ratio, shape=f"s{case}", contender=name))
+    new.append(line(after, shape="s0"))
+    assert compared(tmp_path, old, new) == slower
+    said = capsys.readouterr().out
+    assert f"hides changes under x{swing:.2f}\n{slower} slower" in said
+
+
 def test_compare_names_cases_that_are_gone_broken_or_new(tmp_path: Path, capsys) -> None:
     broken = json.loads(line(1.0, shape="broken"))
     del broken["median_ms"]
