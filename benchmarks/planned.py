@@ -27,6 +27,7 @@ from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.sequences import Batch
 from unif2ace.planning import activations
 from unif2ace.planning.plan import MATH, Training, memory
+from unif2ace.training.gradients import recompute
 
 from .batches import training_batch
 from .environment import describe
@@ -105,7 +106,7 @@ class Stepper:
             for parameter, master in zip(self.model.parameters(), self.parameters):
                 parameter.register_post_accumulate_grad_hook(_to_master(master))
         if point.checkpointing == "block":
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute(self.model)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 

@@ -16,6 +16,7 @@ from unif2ace import UniF2aceConfig, UniF2aceForConditionalGeneration, UniF2aceP
 from unif2ace.configs import MMU
 from unif2ace.errors import UserError
 from unif2ace.model.sequences import IGNORE, Batch, lm_batch, padded_left
+from unif2ace.training.gradients import recompute
 
 V = tiny.CONFIG.vocabulary
 
@@ -148,7 +149,7 @@ def test_gradient_checkpointing_changes_no_gradient(config):
     for checkpointing in (False, True):
         model = tiny.lively(config).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute(model)
             model.blocks[0].norm.register_forward_hook(lambda *_: runs.append(1))
         model(**vars(batch)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

@@ -66,6 +66,7 @@ def test_ranks_do_one_run_between_them(folder, text, model, ranks, micro, resume
     assert done + whole(second, 8 - resumed) == expected
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(stream, workers):
     alone, among = take(stream(), 11), take(stream({"workers": workers, "prefetch": 2}), 11)

@@ -67,7 +67,7 @@ def test_runs_on_their_own_faces_are_not_compared(untrained, tmp_path, capsys):
         images = np.random.default_rng(seed).integers(0, 256, (8, SIDE, SIDE, 3), dtype=np.uint8)
         thresholds = fit_thresholds(measure(images))
         classes = classify(measure(images), thresholds)
-        FaceSet(images, classes, thresholds, np.zeros((8, 4), np.float32), 4, {"held_out": 4}).save(run / "faces.npz")
+        FaceSet(images, classes, thresholds, np.ones((8, 4), np.float32), 4, {"held_out": 4}).save(run / "faces.npz")
     arguments = ["--paint.steps=1", "--answer_tokens=2", "--caption_tokens=2", "--questions=1", "--faces=2"]
     assert main(["evaluate", *map(str, runs), "--out", str(tmp_path / "out"), *arguments]) == 0
     assert "not measured on the same faces" in (tmp_path / "out" / "report.html").read_text()
