@@ -169,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = describe("cpu", "dispatch")
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "found.json")
-        torch.multiprocessing.spawn(_work, (str(Path(folder) / "store"), options.rounds, out), nprocs=RANKS)
+        given = (_work, (str(Path(folder) / "store"), options.rounds, out), RANKS)
+        # Such processes end at once; where Python ends first, gloo may abort it (pytorch/pytorch#190489).
+        torch.multiprocessing.start_processes(*given, start_method="forkserver")
         found = json.loads(Path(out).read_text())
     for each in found:
         ours, naive_bytes, least = each["bytes"][OURS], each["bytes"][NAIVE], each["bytes_least"]

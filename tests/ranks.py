@@ -54,5 +54,6 @@ def run(ranks: int, checks: list[tuple[str, Check]], imports: Sequence[str] = ()
         found = [results.get(timeout=300)[1] for _ in workers]
         for worker in workers:
             worker.join()
+        assert [worker.exitcode for worker in workers] == [0] * ranks
     missing = "did not run: an earlier check failed"
     return {name: "".join(each.get(name, missing) for each in found) for name, _ in checks}

@@ -3,10 +3,9 @@ and what bad values, bad arguments and far addresses do to it."""
 
 import copy
 import mmap
-import tempfile
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from torch import nn
 
@@ -123,37 +122,25 @@ def test_second_derivative_is_refused():
         grad_x.sum().backward()
 
 
-def _sharded(rank, store, folder):
-    """One of two processes: half the batch through a sharded mixture; its outputs and the whole gradients to a file."""
+def _sharded(group):
+    """On each of two processes half the batch goes through a sharded mixture; the whole gradients are the mean's."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    layer = make()
+    layer, whole, (x, groups) = make(), make(), batch()
     fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    x, groups = batch()
-    y, routing = layer(x[rank : rank + 1], groups[rank : rank + 1])
+    assert layer.experts_w_in.to_local().shape[0] == [6, 5][group.rank()]
+    half = slice(group.rank(), group.rank() + 1)
+    y, routing = layer(x[half], groups[half])
     loss_of((y, routing)).backward()
-    local = {name: parameter.to_local().shape[0] for name, parameter in layer.named_parameters()}
-    grads = {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
-    torch.save({"y": y.detach(), "grads": grads, "local": local}, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    halves = [whole(x[i : i + 1], groups[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(y, halves[group.rank()][0])
+    want = gradients(whole, sum(loss_of(each) for each in halves) / 2)  # FSDP takes the mean over the processes
+    torch.testing.assert_close({name: each.grad.full_tensor() for name, each in layer.named_parameters()}, want)
 
 
 def test_fully_sharded_over_two_processes():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_sharded, (f"{folder}/store", folder), nprocs=2)
-        found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-    layer = make()
-    x, groups = batch()
-    halves = [layer(x[rank : rank + 1], groups[rank : rank + 1]) for rank in range(2)]
-    for each, (y, _) in zip(found, halves, strict=True):
-        torch.testing.assert_close(each["y"], y.detach())
-    want = gradients(layer, sum(loss_of(half) for half in halves) / 2)  # FSDP takes the mean over the processes
-    for each in found:
-        torch.testing.assert_close(each["grads"], want)
-    assert [each["local"]["experts_w_in"] for each in found] == [6, 5]
+    assert ranks.run(2, [("sharded", _sharded)]) == {"sharded": ""}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,7 +131,11 @@ def join(config: ParallelConfig) -> Iterator[World]:
         ) from error
     else:
         dist.destroy_process_group()
-    # After an error nothing is torn down: that would wait for ranks that may be gone, and the process ends anyway.
+    finally:
+        # After an error nothing is torn down: that would wait for ranks that may be gone, and the process ends anyway.
+        # Gloo's threads let go of a collective's tensors after it is done, and abort the process when Python is ending
+        # by then (pytorch/pytorch#190489): give them the time.
+        time.sleep(0.2)
 
 
 def _lost(error: RuntimeError) -> bool:
