@@ -24,7 +24,7 @@ import torch
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.configs import UniF2aceConfig, VocabularyConfig
-from unif2ace.data import captions
+from unif2ace.data import captions, words
 from unif2ace.data.dataset import FaceSet, build_faces
 from unif2ace.evaluation import quality, report
 from unif2ace.files import digest, read_json, write_json
@@ -151,7 +151,7 @@ def _model(
     )  # fmt: skip
     name = fingerprint(
         config, schedule, settings.optimizer, settings.recipe, settings.seed,
-        of=[*(each.numpy().tobytes() for each in data), text.tokenizer.to_str().encode(), captions, *modules],
+        of=[*(each.numpy().tobytes() for each in data), text.tokenizer.to_str().encode(), captions, words, *modules],
     )  # fmt: skip
     path = folder / "checkpoint"
     stamp = folder / "checkpoint.fingerprint.json"

@@ -1,4 +1,4 @@
-"""Attributes of a face measured from its pixels, and the words for them.
+"""Attributes of a face measured from its pixels; words.py has the words for them.
 
 The faces stand in one frame (FFHQ's: pupils at rows 29, mouth at row 46 of 64), so every measure reads fixed regions.
 Cut points are quantiles of the training faces, so classes are balanced there by construction. Nothing here says who a
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unif2ace.data.faces import SIZE
+from unif2ace.data.words import WORDS
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _CHUNK = 512
@@ -127,16 +128,19 @@ def _forehead(faces: np.ndarray) -> np.ndarray:
     return (_pixels(faces, (17, 21, 26, 38)) @ _LUMA).mean(1) / _cheek_light(faces)
 
 
-ATTRIBUTES: tuple[Attribute, ...] = (
-    Attribute("background", ("dark", "medium", "bright"), _background_brightness),
-    Attribute("tint", ("cool", "neutral", "warm"), _background_warmth),
-    Attribute("greenery", ("plain", "green"), _background_green),
-    Attribute("hair", ("dark", "medium", "light"), _hair),
-    Attribute("lighting", ("dim", "soft", "strong"), _cheek_light),
-    Attribute("clothes", ("dark", "medium", "bright"), _clothes),
-    Attribute("mouth", ("closed", "smiling"), _teeth),
-    Attribute("facing", ("left", "ahead", "right"), _turn),
-    Attribute("forehead", ("covered", "bare"), _forehead),
+_MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "background": _background_brightness,
+    "tint": _background_warmth,
+    "greenery": _background_green,
+    "hair": _hair,
+    "lighting": _cheek_light,
+    "clothes": _clothes,
+    "mouth": _teeth,
+    "facing": _turn,
+    "forehead": _forehead,
+}
+ATTRIBUTES: tuple[Attribute, ...] = tuple(
+    Attribute(name, each.classes, _MEASURES[name]) for name, each in WORDS.items()
 )
 NAMES: tuple[str, ...] = tuple(each.name for each in ATTRIBUTES)
 

@@ -9,33 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 from unif2ace.data.attributes import ATTRIBUTES, NAMES
+from unif2ace.data.words import WORDS
 
 DROPOUT = 0.15
 CAPTION_PROMPTS = ("describe this face .",)  # what a model is asked that is to answer with a caption
 
+# In the order in which their phrases are drawn, so that a seed's captions stay what they are.
+_SPOKEN = ("hair", "forehead", "mouth", "facing", "lighting", "clothes")
 # attribute -> for every class the phrases that say it
-_PHRASES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "hair": (("dark hair",), ("medium hair",), ("light hair",)),
-    "forehead": (("covered forehead",), ("bare forehead",)),
-    "mouth": (("closed mouth",), ("big smile",)),
-    "facing": (("facing left", "looking left"), ("facing ahead", "looking ahead"), ("facing right", "looking right")),
-    "lighting": (("dim light",), ("soft light",), ("strong light",)),
-    "clothes": (("dark clothes",), ("medium clothes",), ("bright clothes",)),
-}
+_PHRASES = {name: tuple(map(WORDS[name].in_captions, WORDS[name].classes)) for name in _SPOKEN}
 _BACKGROUND = ("background", "tint", "greenery")  # adjectives of one noun, in this order
 _OPENINGS = ("a face", "a person", "portrait of a person", "photo of a face")
-
-_QUESTIONS: dict[str, tuple[str, ...]] = {
-    "background": ("how bright is the background?", "is the background dark, medium or bright?"),
-    "tint": ("what tint has the background?", "is the background cool, neutral or warm?"),
-    "greenery": ("is the background plain or green?", "what fills the background?"),
-    "hair": ("how light is the hair?", "is the hair dark, medium or light?"),
-    "lighting": ("how is the light on the face?", "is the light dim, soft or strong?"),
-    "clothes": ("how bright are the clothes?", "are the clothes dark, medium or bright?"),
-    "mouth": ("is the mouth closed or smiling?", "what does the mouth do?"),
-    "facing": ("where does the face look?", "does the face look left, ahead or right?"),
-    "forehead": ("is the forehead covered or bare?", "how is the forehead?"),
-}
 
 
 def caption(classes: np.ndarray, rng: np.random.Generator, dropout: float = DROPOUT) -> str:
@@ -85,12 +69,12 @@ def question_answer(classes: np.ndarray, attribute: int, rng: np.random.Generato
     if not 0 <= attribute < len(ATTRIBUTES):
         raise ValueError(f"attribute: expected an index below {len(ATTRIBUTES)}, got {attribute}")
     value = int(_checked(classes)[attribute])
-    return str(rng.choice(_QUESTIONS[NAMES[attribute]])), ATTRIBUTES[attribute].words[value]
+    return str(rng.choice(questions(attribute))), ATTRIBUTES[attribute].words[value]
 
 
 def questions(attribute: int) -> tuple[str, ...]:
     """Every phrasing of the question on `attribute`."""
-    return _QUESTIONS[NAMES[attribute]]
+    return WORDS[NAMES[attribute]].questions
 
 
 def random_classes(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -127,7 +127,7 @@ def build_faces(
         raise ValueError(f"held_out: expected between 1 and count - 1 = {count - 1}, got {held_out}")
     settings = {
         "version": VERSION, "count": count, "seed": seed, "psi": psi, "held_out": held_out, "size": SIZE,
-        "attributes": list(attributes.NAMES),
+        "attributes": {each.name: list(each.words) for each in attributes.ATTRIBUTES},
         "source": digest(attributes, generator, identity, alignment, base, face_encoders, sface),
     }  # fmt: skip
     path = Path(cache_dir) / "faces.npz"
