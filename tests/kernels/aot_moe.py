@@ -102,6 +102,7 @@ CASES += [_arrange(kernel, A) for A in (8, 256) for kernel in ("count", "scan", 
 _DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _POINTERS = {
     "up": ("p_x", "p_order", "p_offsets", "p_weight", "p_bias", "p_h", "p_a"),
+    "up alone": ("p_x", "p_order", "p_offsets", "p_weight", "p_bias", "p_a"),  # no backward follows
     "up backward": ("p_grad_y", "p_h", "p_weight", "p_order", "p_offsets", "p_w_out", "p_grad_h", "p_scaled_a",
                     "p_grad_weight", "p_grad_bias"),
     "down": ("p_a", "p_order", "p_offsets", "p_weight", "p_bias", "p_out"),
@@ -110,6 +111,8 @@ _POINTERS = {
     "grad_w_out": ("p_a", "p_b", "p_order", "p_offsets", "p_out"),
 }  # fmt: skip
 
+_OF_A_LAYER = ("up", "up alone", "up backward", "down")
+
 
 def _product(product: str, F: int, A: int, activation: str, dtype: str, D: int = 2048, rows: int = 65536) -> AotCase:
     """A product of the experts with biases and contiguous weights, S 4, as `experts_triton` launches it."""
@@ -117,6 +120,7 @@ def _product(product: str, F: int, A: int, activation: str, dtype: str, D: int =
     H, suffix = 2 * F if gated else F, " gated" if gated else ""
     chosen, kernel, columns, depth = {
         "up": (f"up{suffix}", up_triton.up_kernel, F, D),
+        "up alone": (f"up{suffix}", up_triton.up_kernel, F, D),
         "up backward": (f"up backward{suffix}", up_triton.up_backward_kernel, F, D),
         "down": ("rows", grouped_triton.rows_kernel, D, F),
         "down backward": ("rows", grouped_triton.rows_kernel, D, H),
@@ -138,8 +142,8 @@ def _product(product: str, F: int, A: int, activation: str, dtype: str, D: int =
         fixed |= {"ACTIVATION": activation, "PAIR": gated, "SLOTS": 4}
     if product == "up backward":
         fixed["PARTS"] = 20
-    if product == "down backward":
-        fixed["p_bias"] = None
+    if product in ("up alone", "down backward"):
+        fixed["p_h" if product == "up alone" else "p_bias"] = None
 
     def launch(arch: int) -> tuple[dict, dict]:
         chosen_launch = configs.of_arch(chosen, arch, _DTYPE[dtype], dtype == "tf32", rows, A, columns, depth)
@@ -155,11 +159,11 @@ def _product(product: str, F: int, A: int, activation: str, dtype: str, D: int =
 CASES += [
     *(_product(product, 512, 34, "gelu_tanh", "bf16") for product in _POINTERS),
     *(_product(product, 1024, 18, "swiglu", "bf16") for product in _POINTERS),
-    *(_product(product, 2048, 32, "gelu", "fp16") for product in ("up", "up backward", "down")),
-    *(_product(product, 512, 34, "geglu", "bf16", rows=512) for product in ("up", "up backward", "down")),
-    *(_product(product, 512, 34, "gelu_tanh", "bf16", rows=1024) for product in ("up", "up backward", "down")),
-    *(_product(product, 512, 34, "gelu_tanh", "fp32") for product in ("up", "up backward", "down", "grad_w_in")),
-    *(_product(product, 512, 34, "silu", "tf32") for product in ("up", "up backward", "down", "grad_w_in")),
+    *(_product(product, 2048, 32, "gelu", "fp16") for product in _OF_A_LAYER),
+    *(_product(product, 512, 34, "geglu", "bf16", rows=512) for product in _OF_A_LAYER),
+    *(_product(product, 512, 34, "gelu_tanh", "bf16", rows=1024) for product in _OF_A_LAYER),
+    *(_product(product, 512, 34, "gelu_tanh", "fp32") for product in (*_OF_A_LAYER, "grad_w_in")),
+    *(_product(product, 512, 34, "silu", "tf32") for product in (*_OF_A_LAYER, "grad_w_in")),
     _product("up backward", 512, 34, "relu", "bf16"),
     AotCase(
         "experts bias, D 2048, A 34, bf16",
