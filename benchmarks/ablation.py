@@ -7,7 +7,6 @@ python -m benchmarks.ablation --check        # whether the page says what the fi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 from unif2ace.evaluation import study
 from unif2ace.files import read_json
 
-from .environment import ROOT, describe
-from .results import write_records
+from .results import origin, publish
 
 RECORDS = Path("benchmarks") / "results" / "ablation" / "tiny.jsonl"
 PAGE = Path("docs") / "results" / "ablation.md"
@@ -26,9 +24,7 @@ _LEFT = ("fingerprint",)  # of a run, and the codes that were painted
 
 def records(folder: Path, commit: str | None) -> list[dict[str, Any]]:
     """The runs of a study with what they were made on."""
-    about = {**describe("cpu"), "command": COMMAND, "threads": 1}
-    if commit is not None:
-        about |= {"commit": commit, "dirty": False}
+    about = origin(commit) | {"command": COMMAND}
     found = []
     for path in sorted(folder.glob("*.json")):
         run = read_json(path)
@@ -61,23 +57,14 @@ def page(runs: list[dict[str, Any]]) -> str:
     return study.page(found, about)
 
 
-def load(root: Path = ROOT) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / RECORDS).read_text(encoding="utf-8").splitlines()]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", help="folder of a study; without one the page is made anew")
     parser.add_argument("--commit", help="that the runs were made at, where it is another than this")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where the page is stale")
     options = parser.parse_args(arguments)
-    if options.check:
-        return int((ROOT / PAGE).read_text(encoding="utf-8") != page(load()))
-    if options.study is not None:
-        write_records(ROOT / RECORDS, records(options.study, options.commit))
-    (ROOT / PAGE).write_text(page(load()), encoding="utf-8")
-    print(study.in_words(study.summaries(load())))
-    return 0
+    new = options.study is not None and not options.check
+    return publish(RECORDS, PAGE, page, records(options.study, options.commit) if new else None, options.check)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ python -m benchmarks.faces --check          # whether the page says what the fil
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,9 +18,8 @@ from typing import Any
 
 from unif2ace.files import read_json
 
-from .environment import ROOT, describe
 from .report import table
-from .results import write_records
+from .results import origin, publish
 
 RECORDS = Path("benchmarks") / "results" / "faces" / "synthetic.jsonl"
 PAGE = Path("docs") / "results" / "faces.md"
@@ -38,9 +36,7 @@ def head_command(config: dict[str, Any]) -> str:
 
 def records(built: Path, heads: Sequence[Path], commit: str | None) -> list[dict[str, Any]]:
     """The reports of a set and of heads, with what they were made on."""
-    about = {**describe("cpu"), "threads": 1}
-    if commit is not None:
-        about |= {"commit": commit, "dirty": False}
+    about = origin(commit)
     found = [{"op": "dataset", **read_json(built / "report.json"), **about, "command": BUILD}]
     for folder in heads:
         report = read_json(folder / "report.json")
@@ -116,24 +112,17 @@ def _heads(heads: Sequence[dict[str, Any]]) -> list[str]:
     return [words, table(head, rows)]
 
 
-def load(root: Path = ROOT) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / RECORDS).read_text(encoding="utf-8").splitlines()]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faces", description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="*", help="of a set, then of heads; none: the page is made anew")
     parser.add_argument("--commit", help="that they were made at, where it is another than this")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where the page is stale")
     options = parser.parse_args(arguments)
-    if options.check:
-        return int((ROOT / PAGE).read_text(encoding="utf-8") != page(load()))
-    if options.folders:
+    made = None
+    if options.folders and not options.check:
         built, *heads = options.folders
-        write_records(ROOT / RECORDS, records(built, heads, options.commit))
-    (ROOT / PAGE).write_text(page(load()), encoding="utf-8")
-    print(PAGE)
-    return 0
+        made = records(built, heads, options.commit)
+    return publish(RECORDS, PAGE, page, made, options.check)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .case import OURS
-from .environment import ROOT
+from .environment import ROOT, describe
 
 RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
@@ -26,6 +26,34 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     """A file of `records`, a line of JSON each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[Record]:
+    """What `write_records` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def origin(commit: str | None) -> Record:
+    """Where a command of one thread ran, as its records tell: here, and at `commit` if that is another than this."""
+    here = {**describe("cpu"), "threads": 1}
+    return here if commit is None else here | {"commit": commit, "dirty": False}
+
+
+def publish(
+    records: Path, page: Path, words: Callable[[list[Record]], str], made: Iterable[Record] | None, check: bool
+) -> int:
+    """Write `made`, if anything was, to the file `records`, and what `words` makes of that file to `page`.
+
+    Both paths are below ROOT. With `check` nothing is written: 1 where the page is stale.
+    """
+    if made is not None:
+        write_records(ROOT / records, made)
+    text = words(read_records(ROOT / records))
+    if check:
+        return int((ROOT / page).read_text(encoding="utf-8") != text)
+    (ROOT / page).write_text(text, encoding="utf-8")
+    print(page)
+    return 0
 
 
 @dataclass(frozen=True)

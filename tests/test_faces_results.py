@@ -4,31 +4,30 @@ import re
 
 import pytest
 
-from benchmarks import faces
-from benchmarks.results import load
+from benchmarks import faces, results
+from benchmarks.results import ROOT, load, read_records
 
 
 def test_the_committed_page_is_the_records():
     assert faces.main(["--check"]) == 0
-    lines = faces.load()
+    lines = read_records(ROOT / faces.RECORDS)
     assert [each["op"] for each in lines] == ["dataset", "attributes", "attributes"]
-    assert not re.search(r"(?<![\w.])/(tmp|root|work|home)", (faces.ROOT / faces.RECORDS).read_text())
+    assert not re.search(r"(?<![\w.])/(tmp|root|work|home)", (ROOT / faces.RECORDS).read_text())
     built, head = lines[:2]
     assert built["statistics"]["faces"] >= built["stages"][-1][-1] >= 200  # some have a caption and no question
     text = faces.page(lines)
     assert f"{built['pairs']} questions with answers" in text
     for name, each in head["categories"].items():
         assert f"| {name} | {each['majority']:.3f} | {each['accuracy']:.3f} |" in text
-    assert load((faces.ROOT / faces.RECORDS).parent).results == []
+    assert load((ROOT / faces.RECORDS).parent).results == []
 
 
 @pytest.mark.parametrize("change", ["page", "records"])
 def test_a_stale_page_is_seen(tmp_path, monkeypatch, change):
     for path in (faces.RECORDS, faces.PAGE):
         (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text((faces.ROOT / path).read_text())
-    monkeypatch.setattr(faces, "ROOT", tmp_path)
-    monkeypatch.setattr(faces.load, "__defaults__", (tmp_path,))
+        (tmp_path / path).write_text((ROOT / path).read_text())
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     assert faces.main(["--check"]) == 0
     path = tmp_path / (faces.PAGE if change == "page" else faces.RECORDS)
     path.write_text(re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), path.read_text(), count=40))

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -161,14 +162,9 @@ def _model(
     model = UniF2aceForConditionalGeneration(config)
     initialise_codes(model, tokenizer)
     recipe = Recipe(encoded.at(faces.train), text, config, settings.recipe)
-
-    def loss(step: int):
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(**vars(recipe.batch(step)))
-        return output.loss, output.terms
-
+    built, loss = optimizers.build(model, settings.optimizer), partial(recipe.loss, model)
     state = folder / "model_state.pt"
-    log = fit(model, optimizers.build(model, settings.optimizer), loss, schedule, state, name="model", fingerprint=name)
+    log = fit(model, built, loss, schedule, state, name="model", fingerprint=name)
     write_json(folder / "model_log.json", log)
     checkpoint = Checkpoint.of(
         model.eval(), tokenizer, text,

@@ -21,6 +21,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +145,10 @@ def run(material: Material, variant: Variant, seed: int, study: Study, work: Pat
     text = material.checkpoint.text_tokenizer
     recipe = Recipe(material.train, text, config, replace(study.recipe, seed=seed))
 
-    def loss(step: int):
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(**vars(recipe.batch(step)))
-        return output.loss, output.terms
-
     state = work / f"{name}.pt"
     schedule = Schedule(study.steps, warmup=max(1, min(50, study.steps // 4)))
-    log = fit(
-        model, optimizers.build(model, study.optimizer), loss, schedule, state, name=name, fingerprint=fingerprint
-    )
+    built, loss = optimizers.build(model, study.optimizer), partial(recipe.loss, model)
+    log = fit(model, built, loss, schedule, state, name=name, fingerprint=fingerprint)
     measured = measure(material, model.eval(), study)
     result = {
         "fingerprint": fingerprint, "variant": variant.name, "table": variant.table, "seed": seed,

@@ -73,7 +73,7 @@ class RecipeConfig:
 
 
 class Recipe:
-    """`batch(step)` gives the step's rows."""
+    """`batch(step)` gives the step's rows, `loss(model, step)` what a model makes of them."""
 
     def __init__(self, faces: EncodedFaces, text: TextTokenizer, model: UniF2aceConfig, config: RecipeConfig) -> None:
         self.faces, self.text, self.model, self.config = faces, text, model, config
@@ -83,6 +83,12 @@ class Recipe:
         """Rows of both tasks for `step`."""
         rng = np.random.default_rng((self.config.seed, RECIPE, step))
         return Batch.join([self._t2i(step, rng), self._mmu(rng)], self.model.vocabulary.pad)
+
+    def loss(self, model: UniF2aceForConditionalGeneration, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A CPU model's loss on the step's rows, computed in bfloat16, and its terms: what `loop.fit` asks for."""
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(**vars(self.batch(step)))
+        return output.loss, output.terms
 
     def _t2i(self, step: int, rng: np.random.Generator) -> Batch:
         rows = self.config.t2i
