@@ -27,6 +27,7 @@ from unif2ace.importers.weights import Weights
 from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.magvit import Magvit
 from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.parsing import reading
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -169,13 +170,10 @@ def read_model(folder: Path, config: UniF2aceConfig, dtype: torch.dtype | None) 
     for name in [*sorted(want), *sorted(have.keys() - want.keys())]:
         if have.get(name) != want.get(name):
             _of_different_models(folder, name, want.get(name, "nothing"), have.get(name, "nothing"))
-    try:
-        with quiet():
-            return UniF2aceForConditionalGeneration.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-            )
-    except (AttributeError, OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder / WEIGHTS} is truncated or damaged ({first_line(error)}): copy it again") from error
+    with reading(folder / WEIGHTS, "weights of this model"), quiet():
+        return UniF2aceForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
 
 
 @contextlib.contextmanager
@@ -204,7 +202,5 @@ def _read_processor(folder: Path) -> UniF2aceProcessor:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing: copy the whole folder again")
     read_json(folder / PROCESSOR)
-    try:
+    with reading(folder / TEXT, "tokenizer"):
         return UniF2aceProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise UserError(f"{folder / TEXT} is damaged ({first_line(error)}): copy it again") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unif2ace.errors import UserError
 from unif2ace.files import file_sha256
+from unif2ace.parsing import reading
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
@@ -90,12 +91,10 @@ def read_sums(path: Path) -> dict[str, str]:
     Raises:
         UserError: a line of it is not of that form.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not Path(path).exists():
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    with reading(path, "list of sums"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     sums = {}
     for line in filter(str.strip, lines):
         match = _LINE.fullmatch(line.strip())

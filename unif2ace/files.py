@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from unif2ace.errors import UserError
+from unif2ace.parsing import reading
 
 LOCK = ".lock"  # in a folder that one process at a time writes to
 
@@ -76,14 +77,8 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it is missing, damaged or cannot be read.
     """
-    try:
+    with reading(path, "JSON", "delete it and run again"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # no text, no JSON, a number of too many digits; nested without end
-        raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from unif2ace.errors import UserError
+from unif2ace.parsing import parsing, reading
 
 # Of one picture. A file of a few kilobytes can claim a billion, which would be decoded into gigabytes.
 LARGEST_PIXELS = 64_000_000
@@ -25,19 +29,32 @@ def decode(content: bytes) -> np.ndarray:
 
     header = _header(content)
     width, height = header.size
-    if width * height > LARGEST_PIXELS:
-        raise ValueError(f"is a picture of {width} x {height} pixels, more than {LARGEST_PIXELS}: give a smaller one")
     if max(width, height) > LONGEST * min(width, height):
         raise ValueError(f"is a picture of {width} x {height} pixels, too thin to show a face")
     if header.has_transparency_data:
         return _on_white(header)
-    try:
+    with parsing(_no_picture):
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise ValueError(f"is a picture that cannot be decoded ({error.err}): give a PNG or JPEG file") from error
     if image is None:
-        raise ValueError("is not a picture that can be read: give a PNG or JPEG file")
+        raise _no_picture("")
     return np.ascontiguousarray(image[..., ::-1])
+
+
+def read_png(path: Path) -> np.ndarray:
+    """A PNG that this project wrote, as [H, W, 3] uint8 RGB.
+
+    Raises:
+        UserError: it is missing, damaged, or another picture.
+    """
+    mend = "delete it, and it is painted again"
+    with reading(path, "picture", mend):
+        content = Path(path).read_bytes()
+    try:
+        header = _header(content, ("PNG",))
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
+    with reading(path, "picture", mend):
+        return np.asarray(header.convert("RGB"))
 
 
 def resized(image: np.ndarray, side: int) -> np.ndarray:
@@ -57,23 +74,29 @@ def sheet(images: np.ndarray, columns: int) -> np.ndarray:
     return full.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def _header(content: bytes) -> Image.Image:
-    """The picture, not decoded yet."""
+def _no_picture(why: str) -> ValueError:
+    return ValueError("is not a picture that can be read: give a PNG or JPEG file")
+
+
+def _header(content: bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    """The picture, not decoded yet, of no more pixels than are taken."""
     try:
-        with warnings.catch_warnings():
+        with parsing(_no_picture), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            return Image.open(io.BytesIO(content), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"is a picture of more than {LARGEST_PIXELS} pixels: give a smaller one") from error
-    except Exception as error:  # each format's reader has its own errors for a damaged header
-        raise ValueError("is not a picture that can be read: give a PNG or JPEG file") from error
+            header = Image.open(io.BytesIO(content), formats=formats)
+    except ValueError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise ValueError(f"is a picture of more than {LARGEST_PIXELS} pixels: give a smaller one") from error
+        raise
+    width, height = header.size
+    if width * height > LARGEST_PIXELS:
+        raise ValueError(f"is a picture of {width} x {height} pixels, more than {LARGEST_PIXELS}: give a smaller one")
+    return header
 
 
 def _on_white(picture: Image.Image) -> np.ndarray:
     """A picture with transparent parts as a page shows it: OpenCV would show what lies hidden under them."""
-    try:
+    with parsing(_no_picture):
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except Exception as error:  # as above, for damaged pixels
-        raise ValueError("is not a picture that can be read: give a PNG or JPEG file") from error
     white = Image.new("RGBA", picture.size, "white")
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from unif2ace.errors import UserError
+from unif2ace.parsing import parsing, reading
 
 T = TypeVar("T")
 
@@ -26,20 +27,20 @@ def read_settings(path: Path | None, given: Sequence[str]) -> dict[str, Any]:
     """
     values: Any = {}
     if path is not None:
-        try:
+        with reading(path, "YAML", "mend it"):
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected keys and values, got {values!r:.80}")
     for each in given:
         name, equals, text = each.partition("=")
         if not name.startswith("--") or not equals or not name[2:]:
             raise UserError(f"{each}: expected --KEY=VALUE, or --KEY.KEY=VALUE for a key within")
+        with parsing(lambda why, each=each: UserError(f"{each}: its value is no YAML ({why})")):  # type: ignore[misc]
+            value = yaml.safe_load(text)
         try:
-            _put(values, name[2:].split("."), yaml.safe_load(text))
-        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{each}: there is no place for it ({' '.join(str(error).split())})") from error
+            _put(values, name[2:].split("."), value)
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{each}: there is no place for it ({error})") from error
     return values
 
 

@@ -128,7 +128,7 @@ def test_what_is_wrong_is_named(folder, tmp_path):
     content = (folder / "model.safetensors").read_bytes()
     for part in (0, 0.5, 0.999):
         (folder / "model.safetensors").write_bytes(content[: int(part * len(content))])
-        refused("clip", folder, "model.safetensors is truncated or damaged", "copy it again")
+        refused("clip", folder, "model.safetensors is damaged or no safetensors", "copy it again")
     (folder / "model.safetensors").write_bytes(content)
     for wrong, words in (
         ("{", "config.json is damaged"),

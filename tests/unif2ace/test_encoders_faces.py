@@ -173,7 +173,7 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     (folder / NAMES[1]).write_bytes(content[:-1000])
     refused(folder, "glintr100.onnx is not the file expected", sha256=found)
     cut = {NAMES[1]: hashlib.sha256(content[:-1000]).hexdigest()}
-    refused(folder, "glintr100.onnx is truncated or no ONNX network", sha256=found | cut)
+    refused(folder, "glintr100.onnx is damaged or no ONNX network", sha256=found | cut)
     (folder / NAMES[1]).unlink()
     refused(folder, "lacks glintr100.onnx", "unpack the whole zip")
 

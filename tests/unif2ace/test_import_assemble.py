@@ -211,6 +211,6 @@ def test_parts_that_are_missing_or_damaged(root, capsys):
         weights = root / part / "model.safetensors"
         content = weights.read_bytes()
         weights.write_bytes(content[:-9])
-        refused(root, capsys, "model.safetensors is truncated or damaged", "copy it again")
+        refused(root, capsys, "model.safetensors is damaged or no safetensors", "copy it again")
         weights.write_bytes(content)
     assert join(root, root / "whole") == 0

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from unif2ace.parsing import parsing
+
 Tensors = list[torch.Tensor]
 
 
@@ -32,11 +34,12 @@ class TfjsGraph:
     """
 
     def __init__(self, model: bytes, shards: Mapping[str, bytes]) -> None:
-        try:
+        with parsing(lambda why: ValueError(f"not the model.json of a graph model ({why})")):
             described = json.loads(model)
+        try:
             nodes = {each["name"]: each for each in described["modelTopology"]["node"]}
             manifest = described["weightsManifest"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"not the model.json of a graph model ({error!r})") from error
         unknown = sorted({each["op"] for each in nodes.values()} - OPERATIONS.keys() - {"Const", "Placeholder"})
         if unknown:

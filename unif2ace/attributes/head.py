@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.features import Features
-from unif2ace.errors import UserError, first_line
+from unif2ace.errors import UserError
 from unif2ace.files import digest, read_json, replacing, write_json
+from unif2ace.parsing import reading
 
 CONFIG, WEIGHTS = "attributes.json", "attributes.safetensors"
 FORMAT = 1
@@ -110,10 +110,8 @@ def load(folder: Path) -> tuple[AttributeHead, Description]:
         description = Description(**{**held, "told": tuple(held["told"])})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} does not describe an attribute head: {error!r}") from error
-    try:
+    with reading(folder / WEIGHTS, "weights of this head"):
         head.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder / WEIGHTS} is missing, damaged or of another head ({first_line(error)})") from error
     return head.eval(), description
 
 

@@ -33,6 +33,8 @@ from unif2ace.attributes.categories import (
     plain,
 )
 from unif2ace.errors import UserError
+from unif2ace.files import read_json
+from unif2ace.parsing import parsing, read_arrays, reading
 
 KINDS = ("auto", "celeba", "celebv-hq", "csv", "jsonl", "faces")
 MISSING = -1
@@ -167,11 +169,11 @@ def _celeba(path: Path, config: LabelsConfig) -> Labels:
 
 
 def _celebv_hq(path: Path, config: LabelsConfig) -> Labels:
+    held = read_json(path)
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
         meta, clips = held.get("meta_info", held.get("mete_info")), held["clips"]  # the first release misspelt it
         orders = {kind: [plain(each) for each in meta[f"{kind}_mapping"]] for kind in ("appearance", "action")}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no celebvhq_info.json: {error!r}") from error
     for kind, known in (("appearance", CELEBV_HQ_APPEARANCE), ("action", CELEBV_HQ_ACTION)):
         strange = [name for name in orders[kind] if name not in known]
@@ -218,10 +220,8 @@ def _jsonl(path: Path, config: LabelsConfig) -> Labels:
     records = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            try:
+            with parsing(lambda why, number=number: UserError(f"{path}, line {number}: not JSON ({why})")):  # type: ignore[misc]
                 record = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
             if record is not None and not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: expected an object with its labels, got {record!r:.60}")
             records += [record] if record is not None else []
@@ -268,11 +268,7 @@ def _column(texts: list[str], what: str, config: LabelsConfig) -> np.ndarray | l
 def _faces(path: Path, config: LabelsConfig) -> Labels:
     from unif2ace.data.attributes import ATTRIBUTES
 
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            classes = held["classes"]
-    except (KeyError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is no faces.npz of the demo: {error}") from error
+    classes = read_arrays(path, "faces.npz of the demo").get("classes", np.empty(0))
     if classes.ndim != 2 or classes.shape[1] != len(ATTRIBUTES):
         raise UserError(f"{path}: classes: expected [N, {len(ATTRIBUTES)}], got {list(classes.shape)}")
     names = [str(row) for row in range(len(classes))]
@@ -290,10 +286,8 @@ _READERS: dict[str, Callable[[Path, LabelsConfig], Labels]] = {
 
 
 def _identities(path: Path) -> Iterator[tuple[str, str]]:
-    try:
+    with reading(path, "list of pictures"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(lines, 1):
         name, *who = line.split() or [""]
         if len(who) != 1:

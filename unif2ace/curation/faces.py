@@ -22,6 +22,7 @@ from unif2ace.data.faces import SIZE
 from unif2ace.data.identity import FRAME, clear_faces, crop_face, face_encoder
 from unif2ace.errors import UserError
 from unif2ace.files import digest, read_json, replacing, write_json
+from unif2ace.parsing import read_arrays, reading
 from unif2ace.pictures import decode
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -120,8 +121,10 @@ def _chunk(
     """Faces of some pictures, and the vectors of those that are kept."""
     path = work / f"{name}.npz"
     if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            return [Face(**each) for each in json.loads(str(kept["faces"]))], kept["vectors"]
+        kept = read_arrays(path, "part of the work")
+        with reading(path, "part of the work", "delete it and run again"):
+            told = json.loads(str(kept["faces"]))
+        return [Face(**each) for each in told], kept["vectors"]
     found = [_examine(folder, file, config) for file in files]
     crops = [crop for _, crop in found if crop is not None]
     vectors = face_encoder()(crops).numpy() if crops else np.zeros((0, 128), np.float32)

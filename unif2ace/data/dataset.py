@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -18,6 +19,7 @@ from unif2ace.encoders import alignment, base, sface
 from unif2ace.encoders import faces as face_encoders
 from unif2ace.errors import UserError
 from unif2ace.files import digest, replacing
+from unif2ace.parsing import read_arrays, reading
 
 VERSION = 1
 HELD_OUT = 300
@@ -83,24 +85,21 @@ class FaceSet:
         Raises:
             UserError: the file is missing, cannot be read, or is damaged.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                settings = json.loads(str(file["settings"]))
-                vectors = file["identity"].astype(np.float32)
-                return cls(
-                    images=file["images"],
-                    classes=file["classes"].astype(np.int64),
-                    thresholds=file["thresholds"],
-                    identity=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-                    held_out=settings["held_out"],
-                    settings=settings,
-                )
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing") from error
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}; delete it or mend its rights") from error
-        except Exception as error:  # a damaged archive asks the reader for anything, memory beyond measure included
-            raise UserError(f"{path} is damaged; delete it and run again") from error
+        held = read_arrays(path, "set of faces")
+        wanted = {each.name for each in dataclasses.fields(cls)} - {"held_out"}
+        with reading(path, "set of faces", "delete it and run again"):
+            settings = json.loads(str(held.get("settings")))
+        if wanted - held.keys() or not isinstance(settings, dict) or "held_out" not in settings:
+            raise UserError(f"{path} is damaged or no set of faces (it lacks a part): delete it and run again")
+        vectors = held["identity"].astype(np.float32)
+        return cls(
+            images=held["images"],
+            classes=held["classes"].astype(np.int64),
+            thresholds=held["thresholds"],
+            identity=vectors / np.linalg.norm(vectors, axis=-1, keepdims=True),
+            held_out=settings["held_out"],
+            settings=settings,
+        )
 
 
 def build_faces(

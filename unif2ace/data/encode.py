@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from unif2ace.data.samples import Sample, SampleError
@@ -18,6 +18,7 @@ from unif2ace.encoders import LATENTS
 from unif2ace.errors import UserError, first_line
 from unif2ace.files import digest, read_json
 from unif2ace.model.image_tokenizer import to_images
+from unif2ace.parsing import reading
 from unif2ace.pictures import resized
 
 FRAMES = ("face", "square")
@@ -205,18 +206,19 @@ def load_image_tokenizer(folder: Path) -> tuple[Any, str]:
     """
     from unif2ace.model.image_tokenizers import build_image_tokenizer
 
-    described = read_json(folder / "config.json").get("image_tokenizer")
-    if not described:
+    config = read_json(folder / "config.json")
+    described = config.get("image_tokenizer") if isinstance(config, dict) else None
+    if not isinstance(described, dict) or not described:
         raise UserError(f"{folder} has no image tokenizer")
     tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with reading(path, "safetensors"), safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("image_tokenizer.")]
+            tensors |= {name.removeprefix("image_tokenizer."): file.get_tensor(name) for name in names}
     try:
         tokenizer = build_image_tokenizer(described)
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith("image_tokenizer.")]
-                tensors |= {name.removeprefix("image_tokenizer."): file.get_tensor(name) for name in names}
         tokenizer.load_state_dict(tensors)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: its image tokenizer cannot be read ({first_line(error)})") from error
     parts = [f"{name} {value.dtype}".encode() + value.contiguous().view(torch.uint8).numpy().tobytes()
              for name, value in sorted(tensors.items())]  # fmt: skip

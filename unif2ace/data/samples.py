@@ -12,6 +12,7 @@ import numpy as np
 
 from unif2ace.data.config import FieldMap
 from unif2ace.errors import UserError
+from unif2ace.parsing import parsing
 from unif2ace.pictures import decode
 
 Conversation = tuple[tuple[str, str], ...]  # turns: what is asked, what is answered
@@ -113,6 +114,19 @@ def look_up(record: Any, name: str | None) -> Any:
     return record
 
 
+def record_of(content: bytes | memoryview, where: str) -> dict[str, Any]:
+    """The record that some bytes of JSON are.
+
+    Raises:
+        SampleError: they are none.
+    """
+    with parsing(lambda why: SampleError(where, f"not JSON ({why})")):
+        record = json.loads(bytes(content))
+    if not isinstance(record, dict):
+        raise SampleError(where, f"expected a record with its fields, got {record!r:.80}")
+    return record
+
+
 def check_fields(record: Mapping[str, Any], fields: FieldMap, where: str) -> None:
     """Hold a set's first record against the field map.
 
@@ -192,10 +206,8 @@ def _conversations(record: Mapping[str, Any], fields: FieldMap, where: str) -> t
     if isinstance(question, str) and isinstance(answer, str):
         return (((_clean(question), answer.strip()),),)
     if isinstance(value, str):
-        try:
+        with parsing(lambda why: SampleError(where, f"conversations: not JSON ({why})")):
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise SampleError(where, f"conversations: not JSON ({error})") from error
     if not value:
         return ()
     if not isinstance(value, (list, tuple)):

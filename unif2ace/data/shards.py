@@ -11,15 +11,13 @@ over their headers).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import json
-import math
 import os
 import tarfile
-import tokenize
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,9 +27,10 @@ import numpy as np
 
 from unif2ace.data.base import Source, read_at
 from unif2ace.data.config import TASKS, FieldMap
-from unif2ace.data.samples import Sample, SampleError, check_fields, sample_of
+from unif2ace.data.samples import Sample, SampleError, check_fields, record_of, sample_of
 from unif2ace.errors import UserError
 from unif2ace.files import digest, file_sha256, read_json, replacing, write_json
+from unif2ace.parsing import array, parsing
 
 FORMAT = 1
 JOB, MANIFEST = "job.json", "manifest.json"
@@ -183,14 +182,14 @@ class ShardSource(Source):
         where, members = self._read(shard, index - int(self._firsts[shard]), features)
         try:
             arrays: dict[str, Any] = {
-                name: _array(members[f"{name}.npy"]) for name in ARRAYS if f"{name}.npy" in members
+                name: array(members[f"{name}.npy"]) for name in ARRAYS if f"{name}.npy" in members
             }
-        except (ValueError, EOFError) as error:
+        except ValueError as error:
             raise SampleError(where, f"an array of it is damaged ({error})") from error
         if self.manifest is not None:
             if "json" not in members:
                 raise SampleError(where, "its words are missing")
-            return Sample(where=where, **ours(_words(members["json"], where), where), **arrays)
+            return Sample(where=where, **ours(record_of(members["json"], where), where), **arrays)
         record, image = self._foreign(members, where)
         sample = sample_of(record, self.fields, where, f"{self.shards[shard].name}:{index}", None)
         image = image if image is not None else sample.image if isinstance(sample.image, bytes) else None
@@ -226,40 +225,51 @@ class ShardSource(Source):
 
     def _walked(self, path: Path) -> dict:
         """An index of a shard of another's, by the headers of its members."""
+        members: list[tarfile.TarInfo] = []
+        end, whole = 0, False
+        with _Whole(path) as file, contextlib.suppress(EOFError):
+            with parsing(EOFError), tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    if tar.offset <= end:
+                        raise tarfile.ReadError("a member of a negative size, which is met again and again")
+                    members.append(info)
+                    end = tar.offset
+            file.seek(end)  # tarfile takes a header that it cannot read for the end
+            whole = not file.read(tarfile.BLOCKSIZE).strip(b"\0")
         names: dict[str, int] = {}
         samples: dict[str, dict[str, tuple[int, int, int]]] = {}
-        end = 0
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for info in tar:
-                    end = tar.offset
-                    folder, _, file = info.name.rpartition("/")
-                    stem, _, extension = file.partition(".")
-                    if info.isfile() and extension:
-                        names.setdefault(extension.lower(), len(names))
-                        samples.setdefault(f"{folder}/{stem}", {})[extension.lower()] = (
-                            info.offset_data,
-                            info.size,
-                            -1,
-                        )
-            with path.open("rb") as content:  # tarfile takes a header that it cannot read for the end
-                content.seek(end)
-                whole = not content.read(tarfile.BLOCKSIZE).strip(b"\0")
-        except tarfile.TarError:
-            whole = False
+        for info in members:
+            folder, _, name = info.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            if info.isfile() and extension:
+                names.setdefault(extension.lower(), len(names))
+                place = (info.offset_data, info.size, -1)
+                samples.setdefault(f"{folder}/{stem}", {})[extension.lower()] = place
         if not whole:
             self.damaged.append((str(path), f"the tar file is damaged at byte {end}, after {len(samples)} samples"))
-        places = [[members.get(name, (0, -1, -1)) for name in names] for members in samples.values()]
+        places = [[each.get(name, (0, -1, -1)) for name in names] for each in samples.values()]
         return {"members": [*names], "places": places}
 
     @staticmethod
     def _foreign(members: dict[str, memoryview], where: str) -> tuple[dict, bytes | None]:
         """The record that a foreign sample's members make, and its picture: webdataset's .json, .txt and pictures."""
-        record = _words(members["json"], where) if "json" in members else {}
+        record = record_of(members["json"], where) if "json" in members else {}
         texts = {name: str(members[name], "utf-8", "replace") for name in ("txt", "caption") if name in members}
         if texts:
             record.setdefault("caption", next(iter(texts.values())))
         return {**texts, **record}, next((bytes(members[name]) for name in _PICTURES if name in members), None)
+
+
+class _Whole(io.BufferedReader):
+    """A file of which no more is asked for than it has: tarfile would set aside what a header claims."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _checked_name(name: object) -> str:
@@ -274,37 +284,3 @@ def _checked_places(index: dict) -> np.ndarray:
     if not (places[..., 1] >= 0).any(1).all():
         raise ValueError("a sample has no members")
     return places
-
-
-def _words(content: memoryview, where: str) -> dict:
-    try:
-        record = json.loads(bytes(content))
-    except (ValueError, RecursionError) as error:
-        raise SampleError(where, f"not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise SampleError(where, f"expected a record with its fields, got {record!r:.80}")
-    return record
-
-
-def _array(content: memoryview) -> np.ndarray:
-    """What a .npy file holds; ValueError where it is damaged or holds Python objects."""
-    start = 10 + int.from_bytes(content[8:10], "little")
-    dtype, shape = _header(bytes(content[:start]))
-    return np.frombuffer(content, dtype, offset=start, count=math.prod(shape)).reshape(shape)
-
-
-@functools.lru_cache(maxsize=256)
-def _header(content: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-    """The dtype and shape that a .npy file begins with; few differ, and each takes longer to parse than to read."""
-    file = io.BytesIO(content)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it is of another version of the format than 1.0")
-    try:
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-    except (SyntaxError, tokenize.TokenError) as error:  # numpy reads it as Python's words, and lets these through
-        raise ValueError(f"its header cannot be read ({error})") from error
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are never unpickled")
-    if columns_first and len(shape) > 1:
-        raise ValueError("it lies in columns, not in rows")
-    return dtype, shape

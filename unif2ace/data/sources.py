@@ -6,6 +6,7 @@ processes as it is. Shards are in `shards`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,10 +18,13 @@ import numpy as np
 
 from unif2ace.data.base import Source, read_at
 from unif2ace.data.config import TASKS, FieldMap, SetConfig
-from unif2ace.data.samples import Sample, SampleError, check_fields, look_up, record_serves, sample_of
+from unif2ace.data.samples import Sample, SampleError, check_fields, look_up, record_of, record_serves, sample_of
 from unif2ace.data.shards import ShardSource
 from unif2ace.errors import UserError
 from unif2ace.files import digest
+from unif2ace.parsing import parsing, reading
+
+_MOST_ROWS = 2**40  # of a group of a parquet file
 
 
 def open_source(config: SetConfig, where: str) -> Source:
@@ -105,12 +109,7 @@ class JsonSource(Source):
         parts = []
         for start, stop in self._spans[self._first[index] : self._first[index + 1]].tolist():
             where = f"{self.path} at byte {start}"
-            try:
-                record = json.loads(read_at(self.path, start, stop - start))
-            except (ValueError, RecursionError) as error:
-                raise SampleError(where, f"not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise SampleError(where, f"expected a record with its fields, got {record!r:.80}")
+            record = record_of(read_at(self.path, start, stop - start), where)
             parts.append(sample_of(record, self.fields, where, f"{self.path.name}:{start}", self.images))
         first = parts[0]
         return Sample(
@@ -132,10 +131,10 @@ def _records(path: Path, content: bytes) -> Iterator[tuple[int, int, Any]]:
         start = 0
         for line in content.splitlines(keepends=True):
             if line.strip():
-                try:
-                    yield start, start + len(line), json.loads(line)
-                except (ValueError, RecursionError):
-                    yield start, start + len(line), None
+                value = None
+                with contextlib.suppress(SampleError):  # who reads it is told
+                    value = record_of(line, "")
+                yield start, start + len(line), value
             start += len(line)
         return
     # One character a byte, so that places in the text are places in the file; JSON's own marks are all ASCII.
@@ -145,11 +144,9 @@ def _records(path: Path, content: bytes) -> Iterator[tuple[int, int, Any]]:
         raise UserError(f"{path}: expected a list of records; one record a line is called .jsonl")
     place = _skip(text, place + 1)
     while text[place : place + 1] != "]":
-        try:
+        with parsing(lambda why, place=place: UserError(f"{path} is damaged at byte {place} ({why})")):  # type: ignore[misc]
             _, stop = decoder.raw_decode(text, place)
             value = json.loads(content[place:stop])
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged at byte {place} ({error})") from error
         yield place, stop, value
         place = _skip(text, stop)
         if text[place : place + 1] == ",":
@@ -178,14 +175,14 @@ class ParquetSource(Source):
         groups: list[tuple[int, int]] = []
         firsts, footers = [0], []
         for number, file in enumerate(self._files):
-            try:
-                metadata = parquet.read_metadata(file)
-                footers.append(f"{file.name} {file.stat().st_size} {metadata.to_dict()}".encode())
-            except (OSError, ValueError) as error:  # ArrowInvalid, names and statistics that are no text
-                raise UserError(f"{where}.path: {file} is not a parquet file that can be read ({error})") from error
-            for group in range(metadata.num_row_groups):
+            with reading(f"{where}.path: {file}", "parquet"):
+                footer = parquet.read_metadata(file).to_dict()
+                footers.append(f"{file.name} {file.stat().st_size} {footer}".encode())
+            for group, each in enumerate(footer["row_groups"]):
+                if not 0 <= each["num_rows"] < _MOST_ROWS:
+                    raise UserError(f"{where}.path: {file} is damaged ({each['num_rows']} rows in a group)")
                 groups.append((number, group))
-                firsts.append(firsts[-1] + metadata.row_group(group).num_rows)
+                firsts.append(firsts[-1] + each["num_rows"])
         self._groups, self._firsts, self.fingerprint = groups, np.array(firsts), digest(*footers)
         if not firsts[-1]:
             raise UserError(f"{where}.path: {path} holds no records")
@@ -209,18 +206,16 @@ class ParquetSource(Source):
     def _record(self, index: int) -> dict[str, Any]:
         number = self._group_of(index)
         file, group = self._groups[number]
-        try:
-            table = _row_group(self._files[file], group)
+        table = _row_group(self._files[file], group)
+        with parsing(lambda why: SampleError(f"{self._files[file]} row group {group}", why)):
             return table.slice(index - int(self._firsts[number]), 1).to_pylist()[0]
-        except (OSError, ValueError) as error:
-            raise SampleError(f"{self._files[file]} row group {group}", str(error)) from error
 
 
 @functools.lru_cache(maxsize=2)
 def _row_group(file: Path, group: int) -> Any:
     import pyarrow.parquet as parquet
 
-    with parquet.ParquetFile(file) as opened:
+    with parsing(lambda why: SampleError(f"{file} row group {group}", why)), parquet.ParquetFile(file) as opened:
         return opened.read_row_group(group)
 
 
@@ -233,10 +228,8 @@ class DatasetsSource(Source):
         except ImportError as error:
             raise UserError("this folder needs the package datasets: pip install 'unif2ace[data]'") from error
         self.path, self.images, self.fields, self.damaged = path, images, fields, []
-        try:
+        with parsing(lambda why: UserError(f"{where}.path: datasets cannot read {path} ({why})")):
             rows = datasets.load_from_disk(str(path))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{where}.path: datasets cannot read {path} ({error})") from error
         if isinstance(rows, datasets.DatasetDict):
             splits = ", ".join(str(path / name) for name in rows)
             raise UserError(f"{where}.path: {path} holds several sets; name one: {splits}")
@@ -246,11 +239,18 @@ class DatasetsSource(Source):
             if isinstance(feature, datasets.Image):  # the file as it is, not a decoded picture
                 rows = rows.cast_column(name, datasets.Image(decode=False))
         self._rows, self.fingerprint = rows, digest(str(rows._fingerprint).encode(), str(len(rows)).encode())
-        check_fields(rows[0], fields, f"{where}: {path}")
+        try:
+            check_fields(self._record(0), fields, f"{where}: {path}")
+        except SampleError as error:
+            raise UserError(f"{where}.path: {error}") from error
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
         where = f"{self.path} record {index}"
-        return sample_of(self._rows[index], self.fields, where, f"{self.path.name}:{index}", self.images)
+        return sample_of(self._record(index), self.fields, where, f"{self.path.name}:{index}", self.images)
+
+    def _record(self, index: int) -> dict[str, Any]:
+        with parsing(lambda why: SampleError(f"{self.path} record {index}", why)):
+            return self._rows[index]

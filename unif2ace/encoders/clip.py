@@ -26,6 +26,7 @@ from unif2ace.encoders.base import Encoder
 from unif2ace.errors import UserError
 from unif2ace.files import digest, read_json
 from unif2ace.importers.weights import Weights
+from unif2ace.parsing import parsing
 
 LICENCE = "MIT (as published at openai/clip-vit-large-patch14-336)"
 OPEN_LICENCE = "MIT (as OpenCLIP's are published; other collections have their own)"
@@ -111,7 +112,7 @@ class Clip(_VisionTower):
             described = read_json(path / self.config_name)
             if not isinstance(described, dict) or not str(described.get("model_type", "")).startswith("clip"):
                 raise UserError(f"{path / self.config_name} is not of a CLIP: expected model_type clip")
-            try:
+            with parsing(lambda why: UserError(f"{path} cannot be read as a CLIP ({why})")):
                 config: Any = CLIPVisionConfig.from_pretrained(path, local_files_only=True)
                 model, found = cast(Any, CLIPVisionModel).from_pretrained(
                     path,
@@ -127,8 +128,6 @@ class Clip(_VisionTower):
                     if (path / "preprocessor_config.json").is_file()
                     else _processor(config.image_size)
                 )
-            except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-                raise UserError(f"{path} cannot be read as a CLIP ({str(error).splitlines()[0][:200]})") from error
         wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
         if wrong:
             raise UserError(
@@ -157,11 +156,9 @@ class OpenClip(_VisionTower):
             ) from error
         described = read_json(path / self.config_name)
         model: Any
-        try:
+        with parsing(lambda why: UserError(f"{path} cannot be read as an OpenCLIP ({why})")):
             model = open_clip.create_model(f"local-dir:{path}", load_weights=False, precision="fp32").visual
             side, preparation = described["model_cfg"]["vision_cfg"]["image_size"], described.get("preprocess_cfg", {})
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"{path} cannot be read as an OpenCLIP ({str(error).splitlines()[0][:200]})") from error
         if not hasattr(model, "forward_intermediates") or not hasattr(model, "patch_size"):
             raise UserError(f"{path} has a vision tower that is no plain transformer: {type(model).__name__}")
         wanted = {f"visual.{name}": tuple(value.shape) for name, value in model.state_dict().items()}

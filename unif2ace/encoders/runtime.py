@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from unif2ace.errors import UserError, first_line
+from unif2ace.errors import UserError
+from unif2ace.parsing import reading
 
 
 def providers(device: torch.device) -> list:
@@ -38,7 +39,5 @@ def session(path: Path, device: torch.device):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    try:
+    with reading(path, "ONNX network"):
         return onnxruntime.InferenceSession(str(path), options, providers=runs_on)
-    except Exception as error:  # ONNX Runtime raises classes of its own under RuntimeError and beside it
-        raise UserError(f"{path} is truncated or no ONNX network ({first_line(error):.200})") from error

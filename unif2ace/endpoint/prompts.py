@@ -30,6 +30,7 @@ import yaml
 
 from unif2ace.errors import UserError
 from unif2ace.files import digest
+from unif2ace.parsing import parsing
 
 FORMS = ("json", "text", "lines")
 _SHOWN = 300  # characters of a complaint
@@ -118,14 +119,12 @@ def load_prompt(where: str | Path, package: str | None = None) -> Prompt:
         UserError: it is missing or is no prompt; the message names the file and the key.
     """
     path = Path(where)
-    try:
+    with parsing(lambda why: UserError(f"cannot read the prompt {where}: {why}")):
         if package is not None and path.suffix == "" and len(path.parts) == 1:
             content = (resources.files(package) / "prompts" / f"{path}.yaml").read_bytes()
         else:
             content = path.read_bytes()
         told = yaml.safe_load(content)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt {where}: {' '.join(str(error).split())}") from error
     return _prompt(told, path.stem, digest(content), str(where))
 
 

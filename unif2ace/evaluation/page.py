@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from unif2ace import pages
+from unif2ace.errors import UserError
 from unif2ace.evaluation import paper, tables
 from unif2ace.evaluation.rows import MEASURES
 from unif2ace.files import replacing
+from unif2ace.pictures import read_png
 
 Result = Mapping[str, Any]
 
@@ -201,13 +202,12 @@ def _breakdown(result: Result) -> str:
 def _picture(path: Path) -> str:
     """The address of a picture, small enough for a page; empty where its file is gone or damaged."""
     try:
-        with Image.open(path) as opened:
-            small = opened.convert("RGB")
-            small.thumbnail((192, 192))
-            file = io.BytesIO()
-            Image.fromarray(np.asarray(small)).save(file, format="JPEG", quality=88)  # without the file's own texts
-    except (OSError, SyntaxError, ValueError):  # of a damaged PNG, any of them
+        small = Image.fromarray(read_png(path))  # without the file's own texts
+    except UserError:
         return ""
+    small.thumbnail((192, 192))
+    file = io.BytesIO()
+    small.save(file, format="JPEG", quality=88)
     return pages.address(file.getvalue(), "jpeg")
 
 

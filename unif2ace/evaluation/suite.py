@@ -31,6 +31,7 @@ from unif2ace.evaluation.rows import MEASURES, SUITES, Absent, Row, tally
 from unif2ace.evaluation.vqa import exact, soft
 from unif2ace.evaluation.work import Work
 from unif2ace.files import read_json, replacing, write_json
+from unif2ace.parsing import reading
 
 if TYPE_CHECKING:
     from unif2ace.evaluation.asker import Asker
@@ -141,10 +142,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _read_features(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged; delete it and run again") from error
+    with reading(path, "array", "delete it and run again"):
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: no more than the file has
 
 
 class Suite:

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from unif2ace.endpoint.prompts import Prompt, load_prompt
-from unif2ace.errors import UserError, first_line
+from unif2ace.errors import UserError
+from unif2ace.parsing import parsing
 
 _YES = ("Yes", "yes", " Yes", " yes")
 _SCALE = re.compile(r"\b0\s*(?:to|and|-|–)\s*100\b")  # told again, it is no rating
@@ -48,13 +49,9 @@ class LocalModel:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}: name one that holds a vision-language model of transformers")
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
+        with parsing(lambda why: UserError(f"{folder} is no vision-language model that transformers reads: {why}")):
             self._processor = AutoProcessor.from_pretrained(folder, **options)
             model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **options)
-        except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{folder} is no vision-language model that transformers reads: {first_line(error)}"
-            ) from error
         self.device, self.name = torch.device(device), folder.name
         self._model = model.to(self.device).eval()  # type: ignore[arg-type]
         self._asks = {name: load_prompt(name, "unif2ace.evaluation") for name in ("vqascore", "vlm-score")}

@@ -10,18 +10,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.data.config import DataConfig
-from unif2ace.errors import UserError
 from unif2ace.evaluation.faces import Face
 from unif2ace.generation.image import PaintSettings, paint
 from unif2ace.generation.reading import FaceReader
 from unif2ace.generation.text import MAX_QUESTION
 from unif2ace.journal import Journal
 from unif2ace.model.image_tokenizer import to_images, to_uint8
+from unif2ace.pictures import read_png
 from unif2ace.safety.saving import save
 
 BATCH = 24  # of paintings and of answers
@@ -56,12 +55,7 @@ class Work:
         Raises:
             UserError: its file is gone or damaged.
         """
-        path = self.folder / record["file"]
-        try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # of a damaged PNG, any of them
-            raise UserError(f"{path} cannot be read ({error}): delete it, and it is painted again") from error
+        return read_png(self.folder / record["file"])
 
     def paint(self, faces: Sequence[Face], settings: PaintSettings) -> Journal:
         """A painting from the first caption of each face, by its key: ``prompt`` and ``file``.

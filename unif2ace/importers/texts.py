@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from unif2ace.errors import UserError, first_line
+from unif2ace.errors import UserError
 from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.parsing import reading
 
 TEXT = "tokenizer.json"
 
@@ -30,10 +31,8 @@ def load_text_tokenizer(path: Path) -> TextTokenizer:
     file = find_text_tokenizer(path)
     if file is None:
         raise UserError(f"there is no {TEXT} at {path}: name the file, or a folder with it")
-    try:
+    with reading(file, "tokenizer"):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise UserError(f"{file} is damaged ({first_line(error):.200}): copy it again") from error
     try:
         return TextTokenizer(tokenizer)
     except ValueError as error:

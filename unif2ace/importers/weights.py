@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from unif2ace import checksums
-from unif2ace.errors import UserError, first_line
+from unif2ace.errors import UserError
 from unif2ace.files import read_json
+from unif2ace.parsing import reading
 
 SHOWN = 4  # names of one kind that an error lists
 
@@ -60,10 +62,8 @@ class Weights:
         return given if isinstance(given, Weights) else cls(given)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        try:
+        with reading(f"{self.path}: {name}", "tensor"):
             return self._read[name]()
-        except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({first_line(error):.200}): copy it again") from error
 
     def settings(self) -> dict:
         """The config.json beside the weights, {} where there is none.
@@ -91,10 +91,9 @@ class Weights:
     def licence(self, published: str) -> str:
         """What the model card beside the weights names, else `published`."""
         card = (self.path if self.path.is_dir() else self.path.parent) / "README.md"
-        try:
+        head = ""
+        with contextlib.suppress(UserError), reading(card, "model card"):
             head = card.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")[0]
-        except (OSError, UnicodeDecodeError):
-            head = ""
         named = [line.partition(":")[2].strip() for line in head.splitlines() if line.startswith("license:")]
         return f"{named[0]} (its model card)" if named and named[0] else published
 
@@ -168,20 +167,15 @@ def _files(path: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, Path]]
 
 def _open(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]:
     """Shape and reader of every tensor in one file."""
-    damaged = f"{file} is truncated or damaged"
     if file.suffix == ".safetensors":
-        try:
+        with reading(file, "safetensors"):
             handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{damaged} ({first_line(error):.200}): copy it again") from error
-        return {
-            name: (tuple(handle.get_slice(name).get_shape()), lambda name=name: handle.get_tensor(name))  # type: ignore[misc]
-            for name in handle.keys()
-        }
-    try:
+            return {
+                name: (tuple(handle.get_slice(name).get_shape()), lambda name=name: handle.get_tensor(name))  # type: ignore[misc]
+                for name in handle.keys()
+            }
+    with reading(file, "file of tensors alone"):
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # a damaged pickle asks the reader for anything
-        raise UserError(f"{damaged}, or holds more than tensors ({first_line(error):.200}): copy it again") from error
     if not isinstance(content, dict) or not all(isinstance(each, torch.Tensor) for each in content.values()):
         raise UserError(f"{file} holds no plain dictionary of tensors: save the model's state_dict()")
     return {name: (tuple(value.shape), lambda value=value: value) for name, value in content.items()}  # type: ignore[misc]

@@ -11,6 +11,7 @@ from typing import Any
 
 from unif2ace.errors import UserError
 from unif2ace.files import digest, read_json, replacing
+from unif2ace.parsing import reading
 
 NAME = "README.md"
 _SEAL = "<!-- written by unif2ace card {} -->"
@@ -144,12 +145,10 @@ def write(folder: Path, results: Path | None = None, license: str = "other", for
 
 def is_ours(path: Path) -> bool:
     """Whether the card at `path` is as this module wrote it; True where there is none."""
-    try:
-        body, _, last = Path(path).read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
-    except FileNotFoundError:
+    if not Path(path).exists():
         return True
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    with reading(path, "model card", "name another file"):
+        body, _, last = Path(path).read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
     return last == _SEAL.format(digest(body.encode()))
 
 

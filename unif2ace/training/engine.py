@@ -18,6 +18,7 @@ from torch import distributed as dist
 from unif2ace.checkpoint import Checkpoint
 from unif2ace.errors import UserError
 from unif2ace.files import LOCK, alone_in, replacing, write_json
+from unif2ace.parsing import reading
 from unif2ace.training import samples, states
 from unif2ace.training.config import TrainConfig, changes, plain
 from unif2ace.training.export import export, exported
@@ -167,7 +168,7 @@ class Run:
         if self.settled or self.watch is None:
             return
         self.settled, path, before = True, self.config.folder / CONFIG, None
-        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # none yet, or one that is of no use
+        with contextlib.suppress(UserError), reading(path, "YAML"):  # none yet, or one that is of no use
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
         values = plain(self.config)
         with replacing(path) as partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
+from unif2ace.errors import UserError
+from unif2ace.pictures import read_png
 from unif2ace.training.history import Key, Loads, Run, Sample
 
 WIDTH = 13.0  # inches of every figure
@@ -166,7 +169,10 @@ def groups_of(experts: Mapping[Key, Loads]) -> list[tuple[str, str]]:
 
 def sheet(samples: Sequence[Sample], side: int = 144) -> Image.Image | None:
     """Paintings of each step in a row, `side` pixels high; None where there are none."""
-    rows = [(each.step, Image.open(each.paintings).convert("RGB")) for each in samples if each.paintings is not None]
+    rows: list[tuple[int, Image.Image]] = []
+    for each in samples:
+        with contextlib.suppress(UserError):  # damaged: left out, as what is not whole yet
+            rows += [(each.step, Image.fromarray(read_png(each.paintings)))] if each.paintings is not None else []
     if not rows:
         return None
     rows = [(step, image.resize((round(image.width * side / image.height), side))) for step, image in rows]

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
@@ -39,6 +38,7 @@ from unif2ace.model.image_tokenizer import ImageTokenizer
 from unif2ace.model.magvit import Magvit
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace.model.text_tokenizer import TextTokenizer
+from unif2ace.parsing import parsing
 from unif2ace.training.fresh_config import InitConfig, build_config
 from unif2ace.training.recipe import initialise_codes
 from unif2ace.training.tokenizer import reconstruction_psnr, trained_image_tokenizer
@@ -216,10 +216,8 @@ def _pictures(reading: _Reading, out: Path, side: int) -> dict[str, np.ndarray]:
     """[N, side, side, 3] uint8 in the frame, `training` (none for a tokenizer that is taken) and `held_out`."""
     path, config = out / PICTURES, reading.config.image_tokenizer
     if path.exists():
-        try:
+        with parsing(lambda why: UserError(f"{path} is damaged ({why}); delete it to read the pictures again")):
             return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged; delete it to read the pictures again") from error
     pairs = zip(reading.config.sets, reading.sources)
     sources = [source for each, source in pairs if {"t2i", "mmu"} & set(each.tasks)]
     most = max(1, min(config.held_out, sum(len(each) for each in sources) // 10))

@@ -17,6 +17,7 @@ import yaml
 
 from unif2ace.errors import UserError
 from unif2ace.files import read_json
+from unif2ace.parsing import reading
 from unif2ace.training import journal
 from unif2ace.training.load import Load, loads
 
@@ -208,7 +209,7 @@ def _numbers(record: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # shown where it is there
+    with contextlib.suppress(UserError), reading(folder / CONFIG, "YAML"):  # shown where it is there
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         return config if isinstance(config, dict) else {}
     return {}

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from unif2ace.errors import UserError
 from unif2ace.files import replacing
+from unif2ace.parsing import reading
 
 Terms = dict[str, torch.Tensor]
 
@@ -164,10 +165,9 @@ def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _read_state(path: Path) -> dict:
-    try:
+    mend = "delete it to train from the start"
+    with reading(path, "state of a training", mend):
         state = torch.load(path, weights_only=True)
-        if not isinstance(state, dict) or "fingerprint" not in state:
-            raise ValueError("it is no state of a training run")
-        return state
-    except Exception as error:  # a damaged pickle asks the reader for anything
-        raise UserError(f"{path} is damaged; delete it to train from the start") from error
+    if not isinstance(state, dict) or "fingerprint" not in state:
+        raise UserError(f"{path} is no state of a training: {mend}")
+    return state

@@ -16,6 +16,7 @@ import torch
 
 from unif2ace.errors import UserError
 from unif2ace.files import replacing
+from unif2ace.parsing import reading
 
 Spans = list[tuple[float, float]]  # seconds, in order, apart from one another
 
@@ -59,11 +60,8 @@ class Timeline:
         Raises:
             UserError: it is none.
         """
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                events = json.load(file)["traceEvents"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: expected the trace of a step, got {error}") from error
+        with reading(path, "trace of a step", "write it again"), gzip.open(path, "rt", encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
         timed = [each for each in events if each.get("ph") == "X" and each.get("cat") in _KINDS]
         kernels = [each for each in timed if each["cat"] == "kernel"]
         sent = [each for each in kernels or timed if each["name"].startswith(("gloo:", "nccl"))]

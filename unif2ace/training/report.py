@@ -13,7 +13,9 @@ from typing import Any
 from PIL import Image
 
 from unif2ace import pages
+from unif2ace.errors import UserError
 from unif2ace.files import replacing
+from unif2ace.pictures import read_png
 from unif2ace.training import figures
 from unif2ace.training.findings import clip_of, findings, headline, last_loads, window
 from unif2ace.training.history import CONFIG, Run, Sample
@@ -205,13 +207,16 @@ def _crops(sample: Sample) -> dict[int, str]:
     if sample.faces is None:
         return {}
     count = 1 + max(each["image"] for each in sample.answers)
-    with Image.open(sample.faces) as row:
-        side = row.width // count
-        found = {}
-        for index in range(count):
-            part = io.BytesIO()
-            row.crop((index * side, 0, (index + 1) * side, row.height)).resize((128, 128)).save(part, format="PNG")
-            found[index] = pages.address(part.getvalue())
+    try:
+        row = Image.fromarray(read_png(sample.faces))
+    except UserError:
+        return {}
+    side = row.width // count
+    found = {}
+    for index in range(count):
+        part = io.BytesIO()
+        row.crop((index * side, 0, (index + 1) * side, row.height)).resize((128, 128)).save(part, format="PNG")
+        found[index] = pages.address(part.getvalue())
     return found
 
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from unif2ace.errors import UserError
 from unif2ace.files import read_json, write_json
+from unif2ace.parsing import parsing
 from unif2ace.training.config import SaveConfig
 from unif2ace.training.journal import tell
 
@@ -249,10 +250,8 @@ def names(state: Path) -> set[str]:
     Raises:
         UserError: its index is damaged.
     """
-    try:
+    with parsing(lambda why: damaged(state, why)):
         return set(FileSystemReader(state).read_metadata().state_dict_metadata)
-    except Exception as error:  # a damaged pickle asks the reader for anything
-        raise damaged(state, _reason(error)) from error
 
 
 def damaged(state: Path, why: str) -> UserError:

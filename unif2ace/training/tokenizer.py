@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from unif2ace.errors import UserError
 from unif2ace.files import digest, replacing, write_json
 from unif2ace.model import image_tokenizer
 from unif2ace.model.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, to_images, to_uint8
 from unif2ace.model.magvit import Magvit
+from unif2ace.parsing import reading
 from unif2ace.training import loop
 from unif2ace.training.loop import Schedule, fit
 from unif2ace.training.recipe import TOKENIZER
@@ -73,10 +72,8 @@ def trained_image_tokenizer(
     name = digest(json.dumps(shaping, sort_keys=True).encode(), *code)
     path = folder / f"tokenizer-{name}.safetensors"
     if path.exists():
-        try:
+        with reading(path, "image tokenizer of these sizes", "delete it to train it again"):
             average.load_state_dict(load_file(path))
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged; delete it to train it again") from error
         return average, False
     images = torch.from_numpy(pictures())
     tokenizer.to(device)

@@ -15,12 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from unif2ace.errors import UserError
 from unif2ace.files import read_json, write_json
+from unif2ace.pictures import read_png
 from unif2ace.training import journal
 from unif2ace.training.load import loads
 
@@ -260,8 +259,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, record["step"])
 
     def picture(self, step: int, path: Path) -> None:
-        with Image.open(path) as image:
-            self._writer.add_image(path.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._writer.add_image(path.stem, read_png(path), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
