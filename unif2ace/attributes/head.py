@@ -20,7 +20,7 @@ from torch import nn
 
 from unif2ace.attributes.base import Attribute
 from unif2ace.attributes.features import Features
-from unif2ace.errors import UserError
+from unif2ace.errors import UserError, first_line
 from unif2ace.files import digest, read_json, replacing, write_json
 from unif2ace.parsing import reading
 
@@ -110,8 +110,12 @@ def load(folder: Path) -> tuple[AttributeHead, Description]:
         description = Description(**{**held, "told": tuple(held["told"])})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} does not describe an attribute head: {error!r}") from error
-    with reading(folder / WEIGHTS, "weights of this head"):
-        head.load_state_dict(load_file(folder / WEIGHTS))
+    with reading(folder / WEIGHTS, "safetensors"):
+        weights = load_file(folder / WEIGHTS)
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder / WEIGHTS} is of another head ({first_line(error)}): copy both again") from error
     return head.eval(), description
 
 

@@ -72,8 +72,9 @@ def trained_image_tokenizer(
     name = digest(json.dumps(shaping, sort_keys=True).encode(), *code)
     path = folder / f"tokenizer-{name}.safetensors"
     if path.exists():
-        with reading(path, "image tokenizer of these sizes", "delete it to train it again"):
-            average.load_state_dict(load_file(path))
+        with reading(path, "safetensors", "delete it to train it again"):
+            weights = load_file(path)
+        average.load_state_dict(weights)
         return average, False
     images = torch.from_numpy(pictures())
     tokenizer.to(device)
