@@ -10,6 +10,9 @@ SECONDS ?= 600
 # Processes that the tests run in: one a core, and no more than fit in memory.
 WORKERS ?= auto --maxprocesses 8
 
+# Every process that starts would compile the sources of torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 PINS := $(shell cat constraints.txt requirements-faces.txt setup.py | cksum | cut -d' ' -f1)
