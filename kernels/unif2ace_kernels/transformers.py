@@ -36,12 +36,12 @@ def activation_of(module: Any) -> str:
     name = type(module).__name__
     if getattr(module, "has_post_expert_norm", False):  # not there in older ones
         raise ValueError(f'experts_implementation "{NAME}": {name} has a norm after each expert, which it does not')
+    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+        raise ValueError(f'experts_implementation "{NAME}": expected the default gate, act(gate) * up, in {name}')
     plain = _PLAIN.get(type(module.act_fn).__name__)
     if not module.has_gate:
         if plain is not None:
             return plain
-    elif type(module)._apply_gate is not _default_apply_gate:
-        raise ValueError(f'experts_implementation "{NAME}": expected the default gate, act(gate) * up, in {name}')
     elif not module.is_concatenated:
         raise ValueError(f'experts_implementation "{NAME}": expected the gate before the up projection in {name}')
     elif plain in _GATED:

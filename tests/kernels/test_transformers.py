@@ -270,6 +270,13 @@ def test_what_it_cannot_compute_is_refused(module, message):
         ours.activation_of(module(Config()))
 
 
+def test_gpt_oss_which_has_no_act_fn_is_refused_by_its_gate():
+    config = transformers.GptOssConfig(**SMALL, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="unif2ace")
+    with pytest.raises(ValueError, match="expected the default gate, act.gate. . up, in GptOssExperts"):
+        model(tokens())
+
+
 def test_a_norm_after_each_expert_is_refused():
     module = experts_class("silu")(Config())
     module.has_post_expert_norm = True
