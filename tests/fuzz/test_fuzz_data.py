@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 for needed in ("cv2", "PIL", "pyarrow", "transformers"):
     pytest.importorskip(needed, reason=f"needs {needed}")
 
+import numpy as np  # noqa: E402
 from damage import NESTED, bounded, damaged, strange_json  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -26,6 +28,7 @@ import pyarrow.parquet as parquet  # noqa: E402
 import sets  # noqa: E402
 
 from benchmarks import compare, results  # noqa: E402
+from unif2ace.attributes.labels import LabelsConfig, read_labels  # noqa: E402
 from unif2ace.data.samples import SampleError  # noqa: E402
 from unif2ace.errors import UserError  # noqa: E402
 
@@ -119,6 +122,57 @@ def test_shards(data):
 def test_shards_of_others(data):
     name = next(each for each in sorted(shards()) if each.endswith(".tar"))
     survives(put(data.draw(damaged(shards()[name])), "others/some.tar"))
+
+
+@functools.cache
+def with_arrays() -> bytes:
+    """A tar file of another's, whose arrays nothing but their own headers describes."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for number in range(2):
+            array = io.BytesIO()
+            np.save(array, np.arange(6, dtype=np.uint16).reshape(2, 3))
+            for name, content in (("txt", b"a face"), ("codes.npy", array.getvalue())):
+                info = tarfile.TarInfo(f"{number}.{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+@given(st.data())
+def test_arrays_of_others(data):
+    place = data.draw(st.sampled_from([0, 1024, 1536, 2048, 2560]))  # headers of members, and of arrays
+    hurt = data.draw(damaged(with_arrays()[place : place + 512]))
+    survives(put(with_arrays()[:place] + hurt + with_arrays()[place + 512 :], "others/arrays.tar"))
+
+
+CELEBV = {
+    "meta_info": {"appearance_mapping": ["blurry"], "action_mapping": ["blow"]},
+    "clips": {"a": {"ytb_id": "x", "attributes": {"appearance": [1], "action": [0],
+                                                  "emotion": {"sep_flag": False, "labels": "neutral"}}}},
+}  # fmt: skip
+LABELS = {
+    "list_attr.txt": b"2\nSmiling Male\n1.jpg 1 -1\n2.jpg -1 -1\n",
+    "info.json": json.dumps(CELEBV).encode(),
+    "labels.csv": b"image,smiling,age\n1.png,1,old\n2.png,0,young\n",
+    "labels.jsonl": b'{"image": "1.png", "smiling": 1}\n{"image": "2.png", "smiling": null}\n',
+}
+
+
+@given(st.data(), st.sampled_from(sorted(LABELS)))
+def test_labels(data, name):
+    content = damaged(LABELS[name])
+    if name.endswith(".json"):
+        content |= strange_json(CELEBV)
+    if name.endswith(".jsonl"):
+        content |= strange_json({"image": "1.png", "smiling": 1, "age": "old"})
+    path = put(data.draw(content), f"labels/{name}")
+    with bounded():
+        try:
+            labels = read_labels(LabelsConfig(str(path)))
+            assert len(labels.names) == len(labels.groups) == len(labels.values)
+        except UserError as error:
+            assert str(error) and "\n" not in str(error)
 
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu" / "demo.jsonl"
