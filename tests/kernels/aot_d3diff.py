@@ -13,7 +13,6 @@ from unif2ace_kernels.d3diff import configs, logits_triton, noise_triton, produc
 
 D, CODES, VOCABULARY = 2048, 8192, 58498
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-INTEGERS = ("first_row", "rows", "columns", "features")
 CHUNK = {"p_count": "*i32", "first_row": "i32", "rows": "i32"}
 
 

@@ -19,11 +19,6 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def filters(codes: int, temperature: float, top_k: int, top_p: float) -> tuple[bool, bool]:
-    """Whether top-k and top-p leave anything out; at temperature 0 the largest is in any filter."""
-    return temperature > 0 and 0 < top_k < codes, temperature > 0 and top_p < 1
-
-
 def contiguous_rows(x: Tensor) -> Tensor:
     """`x` [R, V], copied only if its rows are not contiguous."""
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()

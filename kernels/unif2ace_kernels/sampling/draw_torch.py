@@ -13,6 +13,7 @@ import torch
 
 from .._ops import ops
 from .._philox import REMASK_STREAM, TOKEN_STREAM, gumbel, random_words, words_at
+from .arguments import Draw
 
 Tensor = torch.Tensor
 
@@ -94,64 +95,59 @@ def draw(
 
 
 def _sample_rows(
-    tiles_of: Callable[[Tensor], Iterable[tuple[Tensor, Tensor | None]]], ids: Tensor, unknown: Tensor, rows: Tensor,
-    seed: Tensor, offset: Tensor, first_code: int, compact: bool, draw_arguments: tuple[Any, ...],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tiles_of: Callable[[Tensor], Iterable[tuple[Tensor, Tensor | None]]], asked: Draw
+) -> tuple[Tensor, Tensor]:
     """Draw tile by tile; `tiles_of(index)` gives the logits of the code columns at the rows of `index`, in tiles."""
-    if compact and ids.device.type == "cpu":
-        index = unknown.nonzero()[:, 0]
+    ids = asked.ids
+    if asked.compact and ids.device.type == "cpu":
+        index = asked.unknown.nonzero()[:, 0]
     else:  # on a GPU finding them would wait for the device
         index = torch.arange(len(ids), device=ids.device)
+    law = (asked.guidance, asked.temperature, asked.top_k, asked.top_p, asked.confidence)
     tiles = [
-        ops.draw(*tile, row, seed, offset, *draw_arguments)
-        for tile, row in zip(tiles_of(index), rows[index].split(_tile_rows(ids.device)), strict=True)
+        ops.draw(*tile, row, asked.seed, asked.offset, *law)
+        for tile, row in zip(tiles_of(index), asked.rows[index].split(_tile_rows(ids.device)), strict=True)
     ]
     code, value = (torch.cat(each) for each in zip(*tiles))
-    drawn = unknown[index]
+    drawn = asked.unknown[index]
     out_confidence = torch.full(ids.shape, float("inf"), dtype=value.dtype, device=ids.device)
     out_confidence.index_copy_(0, index, value.masked_fill(~drawn, float("inf")))
     kept = ids[index]
-    return ids.index_copy(0, index, torch.where(drawn & (code >= 0), code + first_code, kept)), out_confidence
+    return ids.index_copy(0, index, torch.where(drawn & (code >= 0), code + asked.first_code, kept)), out_confidence
 
 
-def sample_logits(
-    cond: Tensor, uncond: Tensor | None, ids: Tensor, unknown: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
-    first_code: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, confidence: str,
-    compact: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op `sample_logits`; see ops.py."""
-    window = slice(first_code, first_code + codes)
+def sample_logits(cond: Tensor, uncond: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The op `sample_logits`; see ops.py, and `Draw` for the other arguments."""
+    asked = Draw(*arguments)
+    other = asked.guided_by(uncond)
 
     def tiles_of(index: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for tile in index.split(_tile_rows(ids.device)):
-            yield cond[tile, window], None if uncond is None or guidance == 0 else uncond[tile, window]
+        for tile in index.split(_tile_rows(index.device)):
+            yield cond[tile, asked.window], None if other is None else other[tile, asked.window]
 
-    arguments = (guidance, temperature, top_k, top_p, confidence)
-    return _sample_rows(tiles_of, ids, unknown, rows, seed, offset, first_code, compact, arguments)
+    return _sample_rows(tiles_of, asked)
 
 
 def sample_hidden(
-    h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor, unknown: Tensor,
-    rows: Tensor, seed: Tensor, offset: Tensor, first_code: int, codes: int, guidance: float, temperature: float,
-    top_k: int, top_p: float, confidence: str, compact: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op `sample_hidden`; see ops.py."""
-    dtype = compute_dtype(weight.dtype)
-    weight = weight[first_code : first_code + codes]
-    bias = None if bias is None else bias[first_code : first_code + codes].to(weight.dtype)
-    tile_rows = _tile_rows(ids.device)
+    h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """The op `sample_hidden`; see ops.py, and `Draw` for the other arguments."""
+    asked = Draw(*arguments)
+    other, guidance, dtype = asked.guided_by(h_uncond), asked.guidance, compute_dtype(weight.dtype)
+    weight = weight[asked.window]
+    bias = None if bias is None else bias[asked.window].to(weight.dtype)
+    tile_rows = _tile_rows(weight.device)
 
     def tiles_of(index: Tensor) -> Iterator[tuple[Tensor, None]]:
         hidden = h_cond[index].to(dtype)
-        if h_uncond is not None and guidance != 0:
-            hidden = (1 + guidance) * hidden - guidance * h_uncond[index].to(dtype)
+        if other is not None:
+            hidden = (1 + guidance) * hidden - guidance * other[index].to(dtype)
         hidden = torch.nn.functional.pad(hidden.to(weight.dtype), (0, 0, 0, -len(index) % tile_rows))
         for first in range(0, max(1, len(index)), tile_rows):
             tile = hidden[first : first + tile_rows]
             yield torch.nn.functional.linear(tile, weight, bias)[: len(index) - first], None
 
-    arguments = (0.0, temperature, top_k, top_p, confidence)
-    return _sample_rows(tiles_of, ids, unknown, rows, seed, offset, first_code, compact, arguments)
+    return _sample_rows(tiles_of, asked._replace(guidance=0.0))  # it is in the hidden states
 
 
 def remask(

@@ -8,6 +8,8 @@ The exact score is made for the code that leads by the bound, then for the next,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from .. import _triton
 from .._philox import TOKEN_STREAM
 from .._triton import interleave, words_of_groups
 from . import configs
+from .arguments import Draw
 
 Tensor = torch.Tensor
 NONE = tl.constexpr(float("-inf"))
@@ -209,40 +212,34 @@ def draw_kernel(
     tl.store(p_out_confidence + i_row, confidence)
 
 
-def draw_columns(
-    cond: Tensor, uncond: Tensor | None, ids: Tensor, unknown: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
-    first_code: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, confidence: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def draw_columns(cond: Tensor, uncond: Tensor | None, asked: Draw) -> tuple[Tensor, Tensor]:
     """(ids, confidence) from logits that are the code columns already, [R, codes]; one launch."""
+    ids, codes = asked.ids, asked.codes
     out_ids = torch.empty_like(ids)
     out_confidence = torch.empty_like(ids, dtype=torch.float32)
     if not ids.numel():
         return out_ids, out_confidence
-    is_greedy = temperature == 0
-    filters = configs.filters(codes, temperature, top_k, top_p)
+    filters = asked.filters
     tile = configs.draw_tile(codes, any(filters))
     cond = configs.contiguous_rows(cond)
     other = cond if uncond is None else configs.contiguous_rows(uncond)
     with torch.cuda.device_of(out_ids):
         draw_kernel[(len(ids),)](
-            cond, other, ids, unknown.view(torch.uint8), rows, seed, offset, out_ids, out_confidence,
-            cond.stride(0), other.stride(0), first_code, codes,
-            float(1 + guidance), float(guidance), 1.0 if is_greedy else 1 / temperature, top_k, float(top_p),
-            GUIDED=uncond is not None, GREEDY=is_greedy, TOP_K=filters[0], TOP_P=filters[1], CONFIDENCE=confidence,
-            SINGLE=codes <= tile.block, BLOCK=tile.block,
+            cond, other, ids, asked.unknown.view(torch.uint8), asked.rows, asked.seed, asked.offset, out_ids,
+            out_confidence, cond.stride(0), other.stride(0), asked.first_code, codes,
+            float(1 + asked.guidance), float(asked.guidance), asked.inverse, asked.top_k, float(asked.top_p),
+            GUIDED=uncond is not None, GREEDY=asked.is_greedy, TOP_K=filters[0], TOP_P=filters[1],
+            CONFIDENCE=asked.confidence, SINGLE=codes <= tile.block, BLOCK=tile.block,
             num_warps=tile.num_warps, maxnreg=tile.max_registers, enable_fp_fusion=False,
         )  # fmt: skip
     return out_ids, out_confidence
 
 
-def sample_logits(
-    cond: Tensor, uncond: Tensor | None, ids: Tensor, unknown: Tensor, rows: Tensor, seed: Tensor, offset: Tensor,
-    first_code: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, confidence: str,
-    compact: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op `sample_logits`; see ops.py. One launch; known rows leave at once, so `compact` changes nothing here."""
-    window = slice(first_code, first_code + codes)
-    return draw_columns(
-        cond[:, window], None if uncond is None or guidance == 0 else uncond[:, window], ids, unknown, rows, seed,
-        offset, first_code, codes, guidance, temperature, top_k, top_p, confidence,
-    )  # fmt: skip
+def sample_logits(cond: Tensor, uncond: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The op `sample_logits`; see ops.py, and `Draw` for the other arguments.
+
+    One launch. Known rows leave at once, so `compact` changes nothing here.
+    """
+    asked = Draw(*arguments)
+    other = asked.guided_by(uncond)
+    return draw_columns(cond[:, asked.window], None if other is None else other[:, asked.window], asked)

@@ -13,12 +13,15 @@ changes nothing: all parts are then there, and they are read back in order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .._triton import float32_precision, interleave, words_of_groups
 from . import configs, draw_triton
+from .arguments import Draw
 from .draw_triton import NONE, SLACK, STREAM, exponential, race_bound, token_gumbel
 
 Tensor = torch.Tensor
@@ -251,53 +254,49 @@ def head_kernel(
 
 
 def sample_hidden(
-    h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor, unknown: Tensor,
-    rows: Tensor, seed: Tensor, offset: Tensor, first_code: int, codes: int, guidance: float, temperature: float,
-    top_k: int, top_p: float, confidence: str, compact: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op `sample_hidden`; see ops.py. Two launches, with a filter three.
+    h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """The op `sample_hidden`; see ops.py, and `Draw` for the other arguments. Two launches, with a filter three.
 
     Known rows are always left out, on the device, so `compact` changes nothing here. Logits are float32: the product's
     own sums, which torch rounds to the weight's dtype.
     """
+    asked = Draw(*arguments)
+    ids, codes = asked.ids, asked.codes
     out_ids = torch.empty_like(ids)
     out_confidence = torch.empty_like(ids, dtype=torch.float32)
     count, hidden = h_cond.shape
     if not count:
         return out_ids, out_confidence
-    is_greedy = temperature == 0
-    is_filtered = any(configs.filters(codes, temperature, top_k, top_p))
-    guide = None if guidance == 0 else h_uncond
+    is_filtered = any(asked.filters)
+    other = asked.guided_by(h_uncond)
     tile = configs.head_tile(weight.dtype, is_filtered)
     row_tiles, tiles = triton.cdiv(count, tile.rows), triton.cdiv(codes, tile.columns)
-    window = slice(first_code, first_code + codes)
-    weight = configs.contiguous_rows(weight[window])
-    bias = weight if bias is None else bias[window]
-    branches = [configs.contiguous_rows(each) for each in (h_cond, h_cond if guide is None else guide)]
+    weight = configs.contiguous_rows(weight[asked.window])
+    bias = weight if bias is None else bias[asked.window]
+    branches = [configs.contiguous_rows(each) for each in (h_cond, h_cond if other is None else other)]
     folded = weight.new_empty(count, hidden)
     slots = row_tiles * tile.rows
     sizes = (count, 1, row_tiles, tiles * slots)
     found, total, ticket, winners = (torch.empty(n, dtype=torch.int32, device=ids.device) for n in sizes)
     floats = FIELDS * tiles * slots
     parts = torch.empty(count * codes if is_filtered else floats, dtype=torch.float32, device=ids.device)
-    up, down, inverse = float(1 + guidance), float(guidance), 1.0 if is_greedy else 1 / temperature
     with torch.cuda.device_of(out_ids):
         fold_kernel[(triton.cdiv(count, configs.FOLD.rows),)](
-            *branches, ids, unknown.view(torch.uint8), folded, found, total, ticket, out_ids, out_confidence,
-            count, hidden, row_tiles, branches[0].stride(0), branches[1].stride(0), up, down,
-            GUIDED=guide is not None, ROWS=configs.FOLD.rows, BLOCK=configs.FOLD.hidden,
+            *branches, ids, asked.unknown.view(torch.uint8), folded, found, total, ticket, out_ids, out_confidence,
+            count, hidden, row_tiles, branches[0].stride(0), branches[1].stride(0),
+            float(1 + asked.guidance), float(asked.guidance),
+            GUIDED=other is not None, ROWS=configs.FOLD.rows, BLOCK=configs.FOLD.hidden,
             num_warps=configs.FOLD.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
         head_kernel[(row_tiles * tiles,)](
-            folded, weight, bias, found, total, ticket, parts, winners, parts, ids, rows, seed, offset, out_ids,
-            out_confidence, row_tiles, codes, hidden, weight.stride(0), first_code, inverse,
-            BIAS=bias is not weight, GREEDY=is_greedy, CONFIDENCE=confidence, STORE=is_filtered,
+            folded, weight, bias, found, total, ticket, parts, winners, parts, ids, asked.rows, asked.seed,
+            asked.offset, out_ids, out_confidence, row_tiles, codes, hidden, weight.stride(0), asked.first_code,
+            asked.inverse,
+            BIAS=bias is not weight, GREEDY=asked.is_greedy, CONFIDENCE=asked.confidence, STORE=is_filtered,
             EVEN=hidden % tile.hidden == 0, PRECISION=float32_precision(), ROWS=tile.rows, COLUMNS=tile.columns,
             HIDDEN=tile.hidden, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     if is_filtered:
-        return draw_triton.draw_columns(
-            parts.view(count, codes), None, ids, unknown, rows, seed, offset, first_code, codes, 0.0, temperature,
-            top_k, top_p, confidence,
-        )  # fmt: skip
+        return draw_triton.draw_columns(parts.view(count, codes), None, asked)
     return out_ids, out_confidence

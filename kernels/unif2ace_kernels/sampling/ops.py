@@ -14,6 +14,7 @@ from .._checks import expect, expect_choice, expect_int, expect_pair, expect_ten
 from .._library import KERNEL_DTYPES, Implementation, compiled, register
 from .._triton import triton_implementation
 from . import draw_torch
+from .arguments import Draw
 
 Tensor = torch.Tensor
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,7 +22,7 @@ _TORCH = ("cpu", "cuda")
 CONFIDENCES = ("log_prob", "neg_entropy", "margin")
 TIES = ("index", "showo")
 
-_DRAW = (
+_DRAW = (  # `Draw`
     "Tensor ids, Tensor unknown, Tensor rows, Tensor seed, Tensor offset, int first_code, int codes, float guidance, "
     "float temperature, int top_k, float top_p, str confidence, bool compact) -> (Tensor, Tensor)"
 )
@@ -107,8 +108,8 @@ def _draw_arguments(
     ids: Tensor, mask_id: int, unknown: Tensor | None, rows: Tensor | None, seed: Tensor | int, offset: Tensor | int,
     code_range: Sequence[int], guidance: float, temperature: float, top_k: int, top_p: float, confidence: str,
     width: int, has_uncond: bool, compact: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Check what the two samplers share and flatten it to the op's arguments, from `ids` on."""
+) -> Draw:  # fmt: skip
+    """Check what the two samplers share, and flatten it."""
     expect_tensor(ids, "ids", dtypes=[torch.int64])
     expect_pair(code_range, "code_range")
     first, stop = code_range
@@ -123,7 +124,7 @@ def _draw_arguments(
     if unknown is None:
         unknown = ids == mask_id
     expect_tensor(unknown, "unknown", shape=ids.shape, dtypes=[torch.bool], device_of=("ids", ids))
-    return (
+    return Draw(
         ids.reshape(-1).contiguous(), unknown.reshape(-1).contiguous(), _rows(rows, ids, "ids"),
         word(seed, "seed", ids.device), word(offset, "offset", ids.device), first, stop - first, float(guidance),
         float(temperature), top_k, float(top_p), confidence, compact,
@@ -192,11 +193,11 @@ def sample_from_logits(
         flat_uncond = _same_leading(uncond, "uncond", ids, cond.shape[-1])
         expect_tensor(uncond, "uncond", dtypes=[cond.dtype])
     code_range = (0, cond.shape[-1]) if code_range is None else code_range
-    arguments = _draw_arguments(
+    asked = _draw_arguments(
         ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence,
         cond.shape[-1], uncond is not None, compact,
     )  # fmt: skip
-    drawn, value = _sample_logits(flat_cond, flat_uncond, *arguments)
+    drawn, value = _sample_logits(flat_cond, flat_uncond, *asked)
     return drawn.view(ids.shape), value.view(ids.shape)
 
 
@@ -236,12 +237,12 @@ def sample_from_hidden(
     if bias is not None:
         expect_tensor(bias, "bias", shape=(width,), dtypes=_FLOATS, device_of=("ids", ids))
     code_range = (0, width) if code_range is None else code_range
-    arguments = _draw_arguments(
+    asked = _draw_arguments(
         ids, mask_id, unknown, rows, seed, offset, code_range, guidance, temperature, top_k, top_p, confidence,
         width, h_uncond is not None, compact,
     )  # fmt: skip
     bias = None if bias is None else bias.contiguous()
-    drawn, value = _sample_hidden(flat_cond, flat_uncond, weight.contiguous(), bias, *arguments)
+    drawn, value = _sample_hidden(flat_cond, flat_uncond, weight.contiguous(), bias, *asked)
     return drawn.view(ids.shape), value.view(ids.shape)
 
 
