@@ -100,6 +100,7 @@ class Block(GradientCheckpointingLayer):
             self.experts.experts_b_out.zero_()
 
     def feed_forward(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, moe.Routing | None]:
+        """The dense FFN of x [B, L, D] plus its token experts, whichever there are, and the routing of the experts."""
         dense = self.ffn(x) if self.ffn is not None else None
         if self.experts is None:
             return cast(torch.Tensor, dense), None  # one of the two is always there
@@ -115,6 +116,10 @@ class Block(GradientCheckpointingLayer):
     def mix_images(
         self, sequence: SequenceMoE, x: torch.Tensor, image: torch.Tensor | slice, context: Context
     ) -> tuple[torch.Tensor, moe.Routing]:
+        """x [B, L, D] with the tokens of its images mixed by the sequence experts, and their routing.
+
+        `image` says where they stand: a slice where that is the same in all rows, else positions [R, N].
+        """
         rows = context.rows
         part = x if rows is None else x.index_select(0, rows)
         tokens = part[:, image] if isinstance(image, slice) else at_rows(part, image)

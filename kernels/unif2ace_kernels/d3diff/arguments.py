@@ -51,6 +51,7 @@ def flatten(
 
 
 def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Whether weight [V, D] and bias [V] are those of a head of hidden [T, D]."""
     expect_tensor(weight, "weight", shape=("V", hidden.shape[-1]), dtypes=FLOATS, device_of=("hidden", hidden))
     if bias is not None:
         expect_tensor(bias, "bias", shape=(weight.shape[0],), dtypes=FLOATS, device_of=("hidden", hidden))
@@ -64,6 +65,7 @@ def may_look(tensor: torch.Tensor, check_values: bool | None) -> bool:
 
 
 def expect_probabilities(mask_prob: torch.Tensor) -> None:
+    """Each of mask_prob [B] in (0, 1]. Reads the device, as the next two do."""
     if mask_prob.numel() == 0:
         return
     low, high = (each.item() for each in mask_prob.aminmax())
@@ -73,6 +75,7 @@ def expect_probabilities(mask_prob: torch.Tensor) -> None:
 
 
 def expect_targets(targets: torch.Tensor, valid: torch.Tensor, allowed: tuple[int, int], name: str = "targets") -> None:
+    """Each of targets [T] that is `valid` in [start, stop) = `allowed`."""
     if targets.numel() == 0:
         return
     low, high = (each.item() for each in torch.where(valid, targets, allowed[0]).aminmax())
@@ -83,6 +86,7 @@ def expect_targets(targets: torch.Tensor, valid: torch.Tensor, allowed: tuple[in
 
 
 def expect_samples(mask_prob: torch.Tensor, sample_id: torch.Tensor | None) -> None:
+    """mask_prob [B] as above, and sample_id [T] in [0, B), not decreasing."""
     expect_probabilities(mask_prob)
     if sample_id is None or sample_id.numel() == 0:
         return

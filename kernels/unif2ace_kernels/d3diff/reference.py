@@ -60,6 +60,7 @@ def score_terms(
 
 
 def in_codes(z: torch.Tensor, code_range: tuple[int, int]) -> torch.Tensor:
+    """bool [V], of the columns of z [M, V]."""
     column = torch.arange(z.shape[-1])
     return (column >= code_range[0]) & (column < code_range[1])
 

@@ -30,6 +30,7 @@ class RowTerms(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
