@@ -64,6 +64,21 @@ def reading(path: Path | str, what: str, mend: str = "copy it again") -> Iterato
         raise
 
 
+class Whole(io.BufferedReader):
+    """A file, opened for reading, of which no more is asked for than it has.
+
+    What reads as many bytes as a header claims, as tarfile and pickles do, would have Python set that memory aside.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = Path(path).stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 @functools.lru_cache(maxsize=256)
 def array_header(content: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     """The dtype and shape that a .npy file begins with.

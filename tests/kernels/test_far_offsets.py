@@ -12,17 +12,21 @@ import torch
 
 from unif2ace_kernels import _library, d3diff, moe, sampling
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # that an implementation takes another's place
 UNUSED = mmap.MAP_PRIVATE | 0x4000  # Linux's MAP_NORESERVE, which Python 3.10 does not name
 FAR = 2**31 + 16  # elements; as many bytes as their type has times that are claimed and not used
+
+
+def claimed(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose memory is there once it is written to."""
+    return torch.frombuffer(mmap.mmap(-1, elements * torch.empty(0, dtype=dtype).element_size(), UNUSED), dtype=dtype)
 
 
 def far(x: torch.Tensor) -> torch.Tensor:
     """`x` with its last row, over the first dimension, beginning `FAR` elements or more after the first one."""
     stride = -(-FAR // max(1, len(x) - 1))
     stride += -stride % 64
-    elements = (len(x) - 1) * stride + x[0].numel()
-    held = mmap.mmap(-1, elements * x.element_size(), UNUSED)
-    moved = torch.frombuffer(held, dtype=x.dtype).as_strided(x.shape, (stride, *x.stride()[1:]))
+    moved = claimed((len(x) - 1) * stride + x[0].numel(), x.dtype).as_strided(x.shape, (stride, *x.stride()[1:]))
     return moved.copy_(x)
 
 
@@ -52,7 +56,6 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         yield name
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 DTYPES = [torch.float32, torch.float16]  # the interpreter rounds bfloat16 wrongly
 
 
@@ -136,3 +139,68 @@ def test_draws(implementation, dtype):
             lambda sure, unknown, count: (sampling.remask(sure, unknown, count, seed=1, offset=2),),
             randn(4, 6), torch.arange(24).view(4, 6) % 3 > 0, torch.tensor([0, 1, 2, 3]),
         )  # fmt: skip
+
+
+# ---------------------------------------- tensors of more than 2**31 elements, the last rows of which count
+
+
+def ending(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, D] that end with `rows` [R, D] and are zeros before."""
+    whole = claimed(count * rows.shape[1], rows.dtype).view(count, rows.shape[1])
+    whole[-len(rows) :] = rows
+    return whole
+
+
+def last(values: torch.Tensor, count: int, before: int) -> torch.Tensor:
+    """int64 [count] that end with `values`."""
+    return torch.cat([torch.full((count - len(values),), before), values])
+
+
+@pytest.fixture
+def on_cpu(implementation):
+    if implementation == "triton":
+        pytest.skip("needs CUDA: too many programs to interpret, and those with far rows run the same code")
+
+
+@pytest.mark.usefixtures("on_cpu")
+class TestLarge:
+    """bfloat16, 4 GiB claimed each."""
+
+    @pytest.mark.parametrize("columns", [32771, 1024])
+    def test_rows(self, columns):
+        count = FAR // columns + 2
+        rows, targets = randn(3, columns, dtype=torch.bfloat16), torch.tensor([3, columns - 1, 77])
+        whole, labels = ending(rows, count), last(targets, count, -100)
+        ids, drawn = last(torch.full((3,), -7), count, 5), {"seed": 1, "guidance": 2.0, "code_range": (9, columns)}
+        weight = randn(300, columns, dtype=torch.bfloat16) / columns**0.5
+        places = torch.arange(count)
+        for values, target, own, place in ((whole, labels, ids, places), (rows, targets, ids[-3:], places[-3:])):
+            half, zero = torch.tensor([0.5]), torch.zeros(len(values), dtype=torch.long)
+            target300 = target.clamp(max=299)
+            given = {"alpha": 0.3}
+            with torch.no_grad():
+                found = [
+                    *sampling.sample_from_logits(values, values, own, -7, rows=place, **drawn),
+                    *sampling.sample_from_hidden(values, None, weight, None, own, -7, rows=place, seed=1),
+                    d3diff.loss_from_logits(values, target, half, zero, code_range=(0, columns), **given)[0],
+                    d3diff.loss(values, weight, None, target300, half, zero, code_range=(0, 300), **given)[0],
+                    d3diff.next_token_loss(values, weight, None, target300)[0],
+                ]
+            found = [each[-3:] if each.dim() else each for each in found]
+            if values is whole:
+                large = found
+        for ours, small in zip(large, found, strict=True):
+            assert torch.equal(ours, small)
+
+    def test_weights_of_experts(self):
+        count, width = 258, 8192
+        w_in, w_out = (randn(1, *shape, dtype=torch.bfloat16) / 32 for shape in ((1024, width), (width, 1024)))
+        whole = [ending(each.view(1, -1), count).view(count, *each.shape[1:]) for each in (w_in, w_out)]
+        x, ids, logits = randn(4, 1024, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.long), torch.zeros(4, count)
+        logits[:, -1] = 9
+        with torch.no_grad():
+            large = moe.experts(
+                x, moe.route(logits, ids, [count], 1), whole[0], None, whole[1], None, activation="gelu"
+            )
+            small = moe.experts(x, moe.route(logits[:, -1:], ids, [1], 1), w_in, None, w_out, None, activation="gelu")
+        assert torch.equal(large, small)

@@ -143,6 +143,7 @@ def test_celebv_hq(tmp_path) -> None:
         ({"clips": {"a": {"attributes": {}}}}, "clip a: expected ytb_id and attributes"),
         ({"clips": {}, "appearance": ("Horned",)}, "'horned', which CelebV-HQ does not have"),
         ({"clips": {}}, "has labels of no picture"),
+        ({"clips": None}, "is no celebvhq_info.json"),
     ],
 )
 def test_a_wrong_celebv_hq_file_is_refused(tmp_path, made, told) -> None:

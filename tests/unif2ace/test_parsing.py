@@ -178,6 +178,23 @@ def test_a_tar_that_lies_costs_no_memory(kind, size, tmp_path, little_memory):
     assert source.damaged == [(str(tmp_path / "a.tar"), "the tar file is damaged at byte 1024, after 1 samples")]
 
 
+def test_a_pickle_that_lies_costs_no_memory(tmp_path, little_memory):
+    """torch's reader of old files, and the index of a state, ask for as many bytes as a text in them claims."""
+    from unif2ace.importers.weights import Weights
+    from unif2ace.training import loop, states
+
+    lie = b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"a text"
+    for name in ("w.bin", ".metadata"):
+        (tmp_path / name).write_bytes(lie)
+    for read in (
+        lambda: Weights(tmp_path / "w.bin", allow_pickle=True),
+        lambda: loop._read_state(tmp_path / "w.bin"),
+        lambda: states.names(tmp_path),
+    ):
+        with pytest.raises(UserError, match="is damaged"):
+            read()
+
+
 def test_a_member_of_negative_size_is_met_once(tmp_path):
     from unif2ace.data.shards import ShardSource
 

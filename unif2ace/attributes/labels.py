@@ -171,7 +171,8 @@ def _celeba(path: Path, config: LabelsConfig) -> Labels:
 def _celebv_hq(path: Path, config: LabelsConfig) -> Labels:
     held = read_json(path)
     try:
-        meta, clips = held.get("meta_info", held.get("mete_info")), held["clips"]  # the first release misspelt it
+        meta = held.get("meta_info", held.get("mete_info"))  # the first release misspelt it
+        clips = dict(held["clips"].items())
         orders = {kind: [plain(each) for each in meta[f"{kind}_mapping"]] for kind in ("appearance", "action")}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no celebvhq_info.json: {error!r}") from error

@@ -30,7 +30,7 @@ from unif2ace.data.config import TASKS, FieldMap
 from unif2ace.data.samples import Sample, SampleError, check_fields, record_of, sample_of
 from unif2ace.errors import UserError
 from unif2ace.files import digest, file_sha256, read_json, replacing, write_json
-from unif2ace.parsing import array, parsing
+from unif2ace.parsing import Whole, array, parsing
 
 FORMAT = 1
 JOB, MANIFEST = "job.json", "manifest.json"
@@ -227,7 +227,7 @@ class ShardSource(Source):
         """An index of a shard of another's, by the headers of its members."""
         members: list[tarfile.TarInfo] = []
         end, whole = 0, False
-        with _Whole(path) as file, contextlib.suppress(EOFError):
+        with Whole(path) as file, contextlib.suppress(EOFError):
             with parsing(EOFError), tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     if tar.offset <= end:
@@ -258,18 +258,6 @@ class ShardSource(Source):
         if texts:
             record.setdefault("caption", next(iter(texts.values())))
         return {**texts, **record}, next((bytes(members[name]) for name in _PICTURES if name in members), None)
-
-
-class _Whole(io.BufferedReader):
-    """A file of which no more is asked for than it has: tarfile would set aside what a header claims."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._size = path.stat().st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        left = max(0, self._size - self.tell())
-        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _checked_name(name: object) -> str:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from unif2ace import checksums
 from unif2ace.errors import UserError
 from unif2ace.files import read_json
-from unif2ace.parsing import reading
+from unif2ace.parsing import Whole, reading
 
 SHOWN = 4  # names of one kind that an error lists
 
@@ -175,7 +175,11 @@ def _open(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Ten
                 for name in handle.keys()
             }
     with reading(file, "file of tensors alone"):
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if zipfile.is_zipfile(file):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with Whole(file) as old:
+                content = torch.load(old, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not all(isinstance(each, torch.Tensor) for each in content.values()):
         raise UserError(f"{file} holds no plain dictionary of tensors: save the model's state_dict()")
     return {name: (tuple(value.shape), lambda value=value: value) for name, value in content.items()}  # type: ignore[misc]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from unif2ace.errors import UserError
 from unif2ace.files import replacing
-from unif2ace.parsing import reading
+from unif2ace.parsing import Whole, reading
 
 Terms = dict[str, torch.Tensor]
 
@@ -166,8 +166,8 @@ def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _read_state(path: Path) -> dict:
     mend = "delete it to train from the start"
-    with reading(path, "state of a training", mend):
-        state = torch.load(path, weights_only=True)
+    with reading(path, "state of a training", mend), Whole(path) as file:
+        state = torch.load(file, weights_only=True)
     if not isinstance(state, dict) or "fingerprint" not in state:
         raise UserError(f"{path} is no state of a training: {mend}")
     return state

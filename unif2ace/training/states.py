@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from unif2ace.errors import UserError
 from unif2ace.files import read_json, write_json
-from unif2ace.parsing import parsing
+from unif2ace.parsing import Whole, parsing
 from unif2ace.training.config import SaveConfig
 from unif2ace.training.journal import tell
 
@@ -251,7 +251,9 @@ def names(state: Path) -> set[str]:
         UserError: its index is damaged.
     """
     with parsing(lambda why: damaged(state, why)):
-        return set(FileSystemReader(state).read_metadata().state_dict_metadata)
+        reader = FileSystemReader(state)
+        reader.fs.create_stream = lambda path, mode: Whole(path)  # type: ignore
+        return set(reader.read_metadata().state_dict_metadata)
 
 
 def damaged(state: Path, why: str) -> UserError:
