@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,7 +159,8 @@ def roofline(device: Device) -> Figure:
         low = min(low, knee / 8)
         line = [(x, min(best, copied * x)) for x in (low, knee, max(high, knee))]
         ax.plot(*zip(*line), dash, color=INK, linewidth=1.2)
-        ax.annotate(f"{dtype}: {best:,.0f}", (max(high, knee), best), (-2, 4), textcoords="offset points", ha="right",
+        # At the line's end, past every point.
+        ax.annotate(f"{dtype}\n{best:,.0f}", (max(high, knee), best), (3, 0), textcoords="offset points", va="center",
                     fontsize=8)  # fmt: skip
     ax.annotate(f"copy: {copied:,.0f} GB/s", (low, copied * low), (12, -2), textcoords="offset points", fontsize=8)
     for op in ops:
@@ -201,6 +203,8 @@ def memory(device: Device) -> Figure:
         _log_axis(ax.xaxis)
         _label_rows(ax, list(rows))
         ax.set_title(title)
+    _of_dtype(axes[0], [result for key in kinds for result, _ in shown(key)], OURS)
+    axes[0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, handletextpad=0.4)
     axes[-1].set_xlabel(
         "memory of the fastest other way over ours (right of 1: ours needs less), where both pass a MiB"
     )
@@ -214,14 +218,18 @@ def scaling(device: Device) -> Figure:
     rows = math.ceil(len(series) / columns)
     figure = Figure(figsize=(9.6, 2.15 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
+    names = dict.fromkeys(
+        record["contender"] for results in series.values() for one in results for record in one.others
+    )
+    colours = dict(zip(names, itertools.cycle((PEER, "#8a6fb0", "#5b9a68", "#b5527a"))))
     for ax, ((op, axis), results) in zip(axes, series.items()):
         sizes, times = [each["at"] for each in results], [each["median_ms"] for each in results]
         plain: dict[str, list[tuple[float, float]]] = {}
         for result in results:
             for record in result.others:
                 plain.setdefault(record["contender"], []).append((result["at"], record["median_ms"]))
-        for points, colour in zip(plain.values(), (PEER, "#8a6fb0", "#5b9a68")):
-            ax.plot(*zip(*points), "-o", color=colour, linewidth=1, markersize=2.4)
+        for name, points in plain.items():
+            ax.plot(*zip(*points), "-o", color=colours[name], linewidth=1, markersize=2.4)
         ax.plot(sizes, times, "-o", color=OURS, linewidth=2, markersize=3.4)
         guide = [times[0] * size / sizes[0] for size in sizes]
         ax.plot(sizes, guide, ":", color=INK, linewidth=0.9)

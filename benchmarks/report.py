@@ -15,12 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .case import FORWARD, TRAINING
 from .cpu import SUITES
 from .environment import ROOT
 from .results import Device, Record, Result, devices, exponent, geometric_mean
 
 PAGES = Path("docs") / "results"
-README, BENCHMARKS = Path("README.md"), Path("benchmarks") / "README.md"
+README, BENCHMARKS, KERNELS = Path("README.md"), Path("benchmarks") / "README.md", Path("kernels") / "README.md"
+ROOMS = ("moe.", "transformers.", "d3diff.", "sampling.", "random.")  # of the kernels, as ops begin
 PICTURES = ("ratio", "time", "floor", "roofline", "memory", "scaling", "training")
 OTHER_TITLES = {
     "dispatch": "What expert parallelism sends over two processes (`python -m benchmarks.dispatch`)",
@@ -91,6 +93,21 @@ def verdict(device: Device) -> str:
     return text + f"; it is slower in {len(slower)}, in {len(clear)} of them beyond the spread of the rounds."
 
 
+def in_short(device: Device) -> str:
+    """A row an op of the kernels: its cases' range against the fastest other way, by mode."""
+    found = by_op(device)
+    rows = []
+    for room in ROOMS:
+        for op in dict.fromkeys(op for op, _ in found if op.startswith(room)):
+            cells = []
+            for mode in (FORWARD, TRAINING):
+                ratios = [result.ratio for result in found.get((op, mode), [])]
+                ends = list(dict.fromkeys(f"{end:.2f}" for end in (min(ratios), max(ratios)))) if ratios else []
+                cells.append(" to ".join(ends))
+            rows.append([f"`{op}`", *cells])
+    return table(["op", FORWARD, TRAINING], rows)
+
+
 def losses(device: Device) -> str:
     rows = [
         [f"`{result['op']}`", result["shape"], result["dtype"], result["mode"], result.peers[0]["contender"],
@@ -148,20 +165,38 @@ def growth(device: Device) -> str:
             points = [(each["at"], record["median_ms"])
                       for each in series for record in each.others if record["contender"] == name]  # fmt: skip
             if len(points) == len(series):
-                plain.append(f"{name} {exponent(*zip(*points)):.2f}")
+                plain.append(f"{name} {exponent(*zip(*points)):.2f}, {exponent(*zip(*points[-2:])):.2f}")
         rows.append(
             [f"`{op}`", axis, f"{sizes[0]:,} to {sizes[-1]:,}", f"{_ms(times[0])} to {_ms(times[-1])}",
              f"{exponent(sizes, times):.2f}", f"{exponent(sizes[-2:], times[-2:]):.2f}", "; ".join(plain)]
         )  # fmt: skip
-    head = ["op", "axis", "from, to", "ours, ms", "exponent", "of the last step", "exponent of plain code"]
+    head = [
+        "op",
+        "axis",
+        "from, to",
+        "ours, ms",
+        "exponent",
+        "of the last step",
+        "plain code: exponent, of the last step",
+    ]
     return table(head, rows)
 
 
 def growth_in_words(device: Device) -> str:
-    slopes = {f"`{op}` in {axis}": exponent([each["at"] for each in series], [each["median_ms"] for each in series])
-              for (op, axis), series in device.series.items()}  # fmt: skip
-    most = max(slopes, key=slopes.__getitem__)
-    return f"Along {len(slopes)} axes the fitted exponent of ours is at most {slopes[most]:.2f} ({most})."
+    def steepest(first: int) -> str:
+        slopes = {
+            f"`{op}` in {axis}": exponent(
+                [each["at"] for each in series[first:]], [each["median_ms"] for each in series[first:]]
+            )
+            for (op, axis), series in device.series.items()
+        }
+        most = max(slopes, key=slopes.__getitem__)
+        return f"{slopes[most]:.2f} ({most})"
+
+    return (
+        f"Along {len(device.series)} axes the fitted exponent of ours is at most {steepest(0)}; of the last step alone, "
+        f"{steepest(-2)}."
+    )
 
 
 def ceilings(device: Device) -> str:
@@ -283,6 +318,27 @@ def readme_part(found: Sequence[Device]) -> str:
     return "\n\n".join([*parts, f"{words} {_no_gpu(found)}".strip()])
 
 
+def headline(found: Sequence[Device]) -> str:
+    """What there is to know before anything else, in two sentences a device."""
+    words = "Every op against what one would run otherwise, on"
+    told = [f"{words} {machine(each)}: {verdict(each).replace('Ours', 'ours', 1)}" for each in found if by_op(each)]
+    return " ".join([*told, _no_gpu(found)]).strip()
+
+
+def kernels_part(found: Sequence[Device]) -> str:
+    """The kernels' own page: each op's range, and who was not met."""
+    parts = []
+    for device in found:
+        if by_op(device):
+            parts += [
+                "Time of the fastest other way that gives the same, over ours, the least and the most of its cases (below 1: "
+                f"ours is slower). {machine(device)}.",
+                in_short(device),
+            ]
+    words = f"Who was met, at which shapes, with memory and the losses: [docs/results](../{PAGES}/README.md)."
+    return "\n\n".join([*parts, f"{words} {_no_gpu(found)}".strip()])
+
+
 def benchmarks_part(found: Sequence[Device]) -> str:
     parts = []
     for device in found:
@@ -294,7 +350,8 @@ def benchmarks_part(found: Sequence[Device]) -> str:
 def pages(found: Sequence[Device], root: Path = ROOT) -> dict[Path, str]:
     """Every text that states results -> what it should be."""
     return {
-        README: marked((root / README).read_text(), "results", readme_part(found)),
+        README: marked(marked((root / README).read_text(), "results", readme_part(found)), "headline", headline(found)),
+        KERNELS: marked((root / KERNELS).read_text(), "results", kernels_part(found)),
         BENCHMARKS: marked((root / BENCHMARKS).read_text(), "results", benchmarks_part(found)),
         PAGES / "README.md": index_page(found),
         **{PAGES / f"{device.name}.md": device_page(device) for device in found},

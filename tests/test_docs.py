@@ -55,6 +55,7 @@ def test_docstrings_and_formulas_are_set(site):
         formulas = len(re.findall(r"\$\$.*?\$\$", (PAGES / f"{room}.md").read_text(), re.DOTALL))
         assert formulas and page.count('<div class="maths"><math') == formulas
         assert "arithmatex" not in page and "\\frac" not in html.unescape(page) and "Parameters" in page
+        assert not re.search(r"\w<strong>", page), "a power in a docstring became bold: set it in backticks"
 
 
 def test_nothing_is_fetched_when_a_page_is_read(site):

@@ -79,7 +79,9 @@ def noise(
         mask_id: the mask token.
         exact_count: mask round(N m) positions (half to even, at least one), a uniformly random subset, as Show-o
             does; otherwise each position on its own with probability m.
-        seed: in [-2**63, 2**63). offset: the training step, in [0, 2**32). first_row: index of row 0 in the batch.
+        seed: in `[-2**63, 2**63)`.
+        offset: the training step, in `[0, 2**32)`.
+        first_row: index of row 0 in the batch.
         check_values: look at the contents of mask_prob. None: on CPU, unless compiling. On CUDA it synchronises.
 
     Returns:
