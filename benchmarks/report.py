@@ -193,10 +193,8 @@ def growth_in_words(device: Device) -> str:
         most = max(slopes, key=slopes.__getitem__)
         return f"{slopes[most]:.2f} ({most})"
 
-    return (
-        f"Along {len(device.series)} axes the fitted exponent of ours is at most {steepest(0)}; of the last step alone, "
-        f"{steepest(-2)}."
-    )
+    most = f"the fitted exponent of ours is at most {steepest(0)}; of the last step alone, {steepest(-2)}"
+    return f"Along {len(device.series)} axes {most}."
 
 
 def ceilings(device: Device) -> str:
@@ -331,8 +329,8 @@ def kernels_part(found: Sequence[Device]) -> str:
     for device in found:
         if by_op(device):
             parts += [
-                "Time of the fastest other way that gives the same, over ours, the least and the most of its cases (below 1: "
-                f"ours is slower). {machine(device)}.",
+                "Time of the fastest other way that gives the same, over ours, the least and the most of its cases "
+                f"(below 1: ours is slower). {machine(device)}.",
                 in_short(device),
             ]
     words = f"Who was met, at which shapes, with memory and the losses: [docs/results](../{PAGES}/README.md)."
