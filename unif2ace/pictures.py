@@ -52,7 +52,7 @@ def read_png(path: Path) -> np.ndarray:
     try:
         header = _header(content, ("PNG",))
     except ValueError as error:
-        raise UserError(f"{path} {error}") from error
+        raise UserError(f"{path} is damaged or no picture: {mend}") from error
     with reading(path, "picture", mend):
         return np.asarray(header.convert("RGB"))
 

@@ -140,7 +140,7 @@ def test_a_painting_that_is_damaged_is_named(checkpoint, tmp_path, damage):
     (tmp_path / "inception-paintings.npy").unlink()
     with Work(checkpoint, tmp_path) as again:
         rows = by_name(Suite(again, some_faces(), SuiteConfig(paint=QUICK)).rows("quick"))
-    assert "00003.png cannot be read" in rows["fid"].reason and "delete it, and it is painted" in rows["fid"].reason
+    assert "00003.png is damaged" in rows["fid"].reason and "delete it, and it is painted" in rows["fid"].reason
     assert rows["vqa_exact"].value is not None
 
 
