@@ -7,6 +7,12 @@
 
 namespace unif2ace {
 
+inline int32_t aoti_dtype(const Tensor& tensor) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
 // Does not own its elements; element (i, j) is at data[i * row_stride + j * column_stride].
 class Matrix {
  public:
@@ -17,6 +23,8 @@ class Matrix {
   }
   Matrix(const void* data, int64_t rows, int64_t columns, int32_t dtype)
       : Matrix(data, rows, columns, columns, 1, dtype) {}
+  explicit Matrix(const Tensor& of)
+      : Matrix(of.const_data_ptr(), of.size(0), of.size(1), of.stride(0), of.stride(1), aoti_dtype(of)) {}
   Matrix(const Matrix&) = delete;
   Matrix& operator=(const Matrix&) = delete;
   ~Matrix() { aoti_torch_delete_tensor_object(handle_); }
@@ -26,6 +34,10 @@ class Matrix {
   // *this = a b; callable from any thread, and on one thread within a parallel region.
   void be_product(const Matrix& a, const Matrix& b) const {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(handle_, a.handle_, b.handle_));
+  }
+
+  void add_product(const Matrix& a, const Matrix& b) const {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(handle_, handle_, a.handle_, b.handle_, 1, 1));
   }
 
  private:

@@ -53,12 +53,6 @@ void fold_one(const In* cond, const In* uncond, int64_t hidden, double guidance,
   }
 }
 
-int32_t aoti_dtype(const Tensor& tensor) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
 constexpr int64_t kTileRows = 64, kTileColumns = 1024;  // of a product: what it rounds to may hang on its shape
 constexpr int64_t kTiles = 4;                           // row tiles whose logits are there at once
 

@@ -8,8 +8,9 @@ import torch
 from unif2ace_kernels import _library, d3diff
 from unif2ace_kernels.d3diff import logits as logits_module
 from unif2ace_kernels.d3diff import ops
+from unif2ace_kernels.d3diff.head import head_torch
 from unif2ace_kernels.d3diff.noise_torch import noise_torch
-from unif2ace_kernels.d3diff.rows_torch import accumulation_dtype, rows_torch
+from unif2ace_kernels.d3diff.rows_torch import accumulation_dtype
 
 pytestmark = pytest.mark.skipif(
     _library.EXTENSION_MISSING is not None, reason=f"extension not built: {_library.EXTENSION_MISSING}"
@@ -36,59 +37,93 @@ def targets_of(rng: torch.Generator) -> torch.Tensor:
     return targets
 
 
-def run_rows(function, z, bias, rows, targets, row_weights, start, gradient=True):
-    dtype = accumulation_dtype(z.dtype)
-    z, outputs = z.clone(), [torch.full((T,), 9.0, dtype=dtype) for _ in range(3)]
-    hit, grad_bias = torch.zeros(T, dtype=torch.bool), torch.ones(z.shape[1], dtype=dtype)
-    loss = function(
-        z, bias, rows, targets, *row_weights, *outputs, hit, grad_bias if gradient else None, start, CODES, gradient
+def run_head(function, inputs, targets, row_weights, spans=((START, END),), group=None, asked=True):
+    starts, ends = zip(*spans)
+    return function(
+        *inputs, targets, group, *row_weights, starts, ends, CODES, -100, inputs[0].dtype, asked, asked, asked
     )
-    return loss, *outputs, hit, grad_bias, z
+
+
+def head_inputs(rng: torch.Generator, dtype: torch.dtype, rows: int = T, vocabulary: int = V, features: int = 16):
+    hidden = torch.randn(rows, features, generator=rng) * features**-0.5
+    weight, bias = (torch.randn(*shape, generator=rng) for shape in ((vocabulary, features), (vocabulary,)))
+    return [each.to(dtype) for each in (hidden, weight, bias)]
+
+
+def wider(tensors):
+    return [None if each is None else each.double() for each in tensors]
+
+
+def check_head(inputs, targets, row_weights, *where):
+    truth = run_head(head_torch, wider(inputs), targets, wider(row_weights), *where)
+    theirs = run_head(head_torch, inputs, targets, row_weights, *where)
+    ours = run_head(NATIVE.d3diff_head, inputs, targets, row_weights, *where)
+    assert torch.equal(ours[4], theirs[4])
+    for index in (0, 1, 2, 3, 5, 6, 7):
+        assert ours[index].dtype == theirs[index].dtype and ours[index].shape == theirs[index].shape
+        assert distance(ours[index], truth[index]) <= 2 * distance(theirs[index], truth[index]) + 1e-6
+        if inputs[0].dtype == torch.float64:
+            torch.testing.assert_close(ours[index], truth[index], rtol=1e-11, atol=1e-12)
+    return ours
 
 
 def distance(ours, truth):
     return (ours.double() - truth.double()).norm() / truth.double().norm().clamp(min=1)
 
 
-@pytest.mark.parametrize("columns", [END - START, 1024, 290])
+@pytest.mark.parametrize("span", [(START, END), (0, 290), (6, V)])
 @pytest.mark.parametrize("kind", ["plain", "penalty", "mass"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_against_float64(dtype, kind, columns):
-    rng = torch.Generator().manual_seed(columns)
-    start = 0 if columns == 290 else START
-    targets, row_weights = targets_of(rng), weights(kind, dtype, rng)
-    rows = (targets != -100).nonzero()[:, 0]
-    z = (3 * torch.randn(len(rows), columns, generator=rng)).to(dtype)
-    z[5, 40] = -math.inf
-    bias = torch.randn(columns, generator=rng).to(accumulation_dtype(dtype))
-    for each in (None, bias):
-        exact = None if each is None else each.double()
-        wide = [None if w is None else w.double() for w in row_weights]
-        truth = run_rows(rows_torch, z.double(), exact, rows, targets, wide, start)
-        ours = run_rows(NATIVE.d3diff_rows, z, each, rows, targets, row_weights, start)
-        theirs = run_rows(rows_torch, z, each, rows, targets, row_weights, start)
-        assert torch.equal(ours[4], theirs[4])
-        for index in (0, 1, 2, 3, 5, 6):
-            assert ours[index].dtype == theirs[index].dtype
-            assert distance(ours[index], truth[index]) <= 2 * distance(theirs[index], truth[index]) + 1e-6
-            if dtype == torch.float64:
-                torch.testing.assert_close(ours[index], truth[index], rtol=1e-12, atol=1e-13)
+def test_head_against_float64(dtype, kind, span):
+    rng = torch.Generator().manual_seed(span[1])
+    targets, row_weights, inputs = targets_of(rng), weights(kind, dtype, rng), head_inputs(rng, dtype)
+    targets[targets == 40] = 41
+    inputs[2][40] = -math.inf
     unlabelled = targets == -100
-    assert bool((ours[1][unlabelled] == 9).all())
-    assert bool((ours[6][rows == 2] == 0).all()) and ours[6][5, 40] == 0
-    forward = run_rows(NATIVE.d3diff_rows, z, bias, rows, targets, row_weights, start, gradient=False)
-    assert torch.equal(forward[6], z) and all(map(torch.equal, forward[:5], ours[:5]))
+    for bias in (inputs[2], None):
+        these = [*inputs[:2], bias]
+        ours = check_head(these, targets, row_weights, [span])
+        assert all(bool((each[unlabelled] == 0).all()) for each in (*ours[1:5], ours[5]))
+        assert bool((ours[5][2] == 0).all()) and (bias is None or ours[7][40 - span[0]] == 0)
+        forward = run_head(NATIVE.d3diff_head, these, targets, row_weights, [span], asked=False)
+        assert all(map(torch.equal, forward[:5], ours[:5])) and [each.numel() for each in forward[5:]] == [0] * 3
 
 
-def test_rows_have_the_same_bits_whatever_the_threads():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_of_two_groups_in_chunks(dtype):
+    rng = torch.Generator().manual_seed(1)
+    columns, spans = 2000, [(6, 1990), (0, 2000)]
+    rows = int(2.5 * (8 << 20) / (columns * dtype.itemsize))
+    inputs = head_inputs(rng, dtype, rows, columns, 4)
+    targets = torch.randint(*CODES, (rows,), generator=rng)
+    targets[::5] = -100
+    a, b = torch.rand(2, rows, generator=rng).to(accumulation_dtype(dtype))
+    group = (torch.rand(rows, generator=rng) < 0.9).to(torch.int64)
+    check_head(inputs, targets, [a, b, b - 6, None], spans, group)
+    check_head(inputs, targets.clamp(min=CODES[0]), [a, None, None, b], spans[1:])
+
+
+def test_head_takes_what_autocast_mixes():
+    rng = torch.Generator().manual_seed(2)
+    targets, row_weights = targets_of(rng), weights("mass", torch.float32, rng)
+    hidden, weight, bias = head_inputs(rng, torch.float32)
+    arguments = (targets, None, *row_weights, (START,), (END,), CODES, -100, torch.bfloat16, True, True, True)
+    hidden = hidden.t().contiguous().t()
+    ours, theirs = (each(hidden, weight.half(), bias, *arguments) for each in (NATIVE.d3diff_head, head_torch))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
+        assert one.is_contiguous()
+
+
+def test_head_has_the_same_bits_whatever_the_threads():
     rng = torch.Generator().manual_seed(3)
     targets, row_weights = targets_of(rng), weights("penalty", torch.float32, rng)
-    rows = (targets != -100).nonzero()[:, 0]  # more than a block of them
-    z, bias = torch.randn(len(rows), 4097 * 2, generator=rng), torch.randn(4097 * 2, generator=rng)
+    inputs = head_inputs(rng, torch.float32, vocabulary=4097 * 2, features=1)  # products that nobody adds up
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(run_rows(NATIVE.d3diff_rows, z, bias, rows, targets, row_weights, START))
+        *most, _, _, bias = run_head(NATIVE.d3diff_head, inputs, targets, row_weights, [(0, 4097 * 2)])
+        found.append([*most, bias])
     for other in found[1:]:
         assert all(map(torch.equal, other, found[0]))
 
@@ -186,11 +221,24 @@ def test_what_memory_safety_hangs_on_is_checked():
     hidden, weight = torch.randn(2, 4, 8), torch.randn(V, 8)
     with pytest.raises(RuntimeError, match="targets: expected tokens in"):
         d3diff.loss(hidden, weight, None, torch.full((2, 4), V), m, code_range=CODES, check_values=False)
+    rng = torch.Generator().manual_seed(0)
+    targets, row_weights, inputs = targets_of(rng), weights("mass", torch.float32, rng), head_inputs(rng, torch.float32)
+    for change, message in (
+        ({"targets": targets[1:]}, r"targets: expected \[T\]"),
+        ({"inputs": [*inputs[:2], inputs[2][1:]]}, r"bias: expected \[V\]"),
+        ({"inputs": [inputs[0][:, 1:], *inputs[1:]]}, "hidden, weight: expected"),
+        ({"spans": [(START, V + 1)]}, "starts, ends: expected columns"),
+        ({"spans": [(START, END), (0, V)]}, "starts, ends: expected one of each"),
+        ({"spans": [(7, END)]}, "codes: expected columns of the softmax"),
+        ({"group": torch.zeros(T)}, r"group: expected int64 \[T\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run_head(NATIVE.d3diff_head, **{"inputs": inputs, "targets": targets, "row_weights": row_weights, **change})
     logits = torch.randn(2, 4, V)
     with pytest.raises(RuntimeError, match="targets: expected tokens in"):
         d3diff.loss_from_logits(logits, torch.full((2, 4), -1), m, code_range=CODES, check_values=False)
 
 
-@pytest.mark.parametrize("op", ["d3diff_rows", "d3diff_logits", "d3diff_logits_backward", "d3diff_head_backward"])
+@pytest.mark.parametrize("op", ["d3diff_head", "d3diff_logits", "d3diff_logits_backward", "d3diff_head_backward"])
 def test_explain_names_the_compiled_path(op):
     assert _library.explain(op, torch.empty(1)).implementation == "c++"

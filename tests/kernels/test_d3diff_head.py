@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from unif2ace_kernels import d3diff
-from unif2ace_kernels._library import explain
 from unif2ace_kernels.d3diff import head, rows_torch
 
 CODES = (6, 20)
@@ -83,15 +82,18 @@ def test_penalty_beyond_the_exponent_s_range():
     torch.testing.assert_close(slope, torch.expm1(beyond.detach().clamp(max=80.0)), rtol=1e-12, atol=0)
 
 
-def test_chunks_change_nothing_but_rounding(monkeypatch):
-    inputs = problem(1)
-    for score in ("unnormalized", "full_vocab"):
-        whole = run(inputs, score=score)
+def test_chunks_of_the_torch_path_change_nothing_but_rounding(monkeypatch):
+    hidden, weight, bias, targets, _ = problem(1)
+    a = torch.rand(B * N, dtype=torch.float64)
+    for row_weights in ([a, a / 2, a, None], [a, None, None, a / 2]):
+        arguments = (hidden.detach().flatten(0, 1), weight.detach(), bias.detach(), targets.flatten(), None)
+        arguments += (*row_weights, [0], [V], CODES, -100, torch.float64, True, True, True)
+        whole = head.head_torch(*arguments)
         monkeypatch.setattr(head, "CHUNK_BYTES", 3 * V * 8)
         monkeypatch.setattr(head, "CHUNK_SHARE_OF_WEIGHT", 1000)
-        parts = run(inputs, score=score)
+        parts = head.head_torch(*arguments)
         monkeypatch.undo()
-        torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(tuple(parts), tuple(whole), rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("score", d3diff.READINGS)
@@ -233,7 +235,3 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(ours, eager, rtol=1e-6, atol=0)
     for one, other in zip(torch.autograd.grad(ours, inputs[:3]), torch.autograd.grad(eager, inputs[:3])):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-
-
-def test_explain_names_the_torch_path():
-    assert str(explain("d3diff_head", torch.zeros(1))) == "d3diff_head on cpu: torch"

@@ -101,7 +101,7 @@ def expect_logits(lse: torch.Tensor, *, strict: bool) -> None:
     """No labelled row of -inf alone; `strict`: nothing that is not finite either. Rows without a label have lse 0."""
     if lse.numel() == 0:
         return
-    low, high = (each.item() for each in lse.detach().aminmax())
+    low, high = (each.item() for each in lse.aminmax())
     if low == -math.inf:
         rows = (lse == -torch.inf).nonzero()[:4, 0].tolist()
         expect(False, "logits", "a logit above -inf in every row", f"-inf alone in rows {rows}")

@@ -2,8 +2,8 @@
 
 Shapes: T rows, M <= T of them labelled, D hidden, V vocabulary, C = end - start columns of the row's softmax.
 The loss is a sum over rows whose weights are known beforehand, so its gradients are known as soon as the logits are:
-three matrix products in all, with neither logits kept for the backward nor a second product to make them again. What
-happens to the logits between the products is the op d3diff_rows, compiled where it can be.
+three matrix products in all, with neither logits kept for the backward nor a second product to make them again.
+csrc/d3diff/head.cpp is the same for the CPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._ops import ops
-from .rows_torch import accumulation_dtype
+from .rows_torch import accumulation_dtype, rows_torch
 
 # Logits of a chunk: these bytes, which stay in cache and cost few fresh pages, or where that is more a share of the
 # bytes of the weight's gradient in the dtype of accumulation, over which each chunk passes once. Change them and run
@@ -62,7 +61,7 @@ def head_torch(
     grad_weight: bool,
     grad_bias: bool,
 ) -> HeadOutputs:
-    """Implementation of `unif2ace::d3diff_head` over torch's products; see ops.py for the arguments."""
+    """Torch implementation of `unif2ace::d3diff_head`; see ops.py for the arguments."""
     dtype = accumulation_dtype(compute_dtype)
     rows_total, features = hidden.shape
     first, columns = min(starts), max(ends) - min(starts)
@@ -84,7 +83,7 @@ def head_torch(
         for chunk, z in _chunks(rows, w):
             x = (hidden if chunk.numel() == rows_total else hidden.index_select(0, chunk)).to(compute_dtype)
             torch.mm(x, w.t(), out=z)
-            loss += ops.d3diff_rows(
+            loss += rows_torch(
                 z, b, chunk, targets, ce_weight, penalty_weight, shift, mass_weight, ce, lse, mass, hit,
                 d_bias[inside] if grad_bias else None, start, codes, any_grad,
             )  # fmt: skip

@@ -368,7 +368,7 @@ def _stats(
     one_of_two: bool = False,
 ) -> LossStats:
     """Means and sums over the task's rows; `one_of_two`: other rows have labels too."""
-    ce, lse, mass, share = ce.detach(), lse.detach(), mass.detach(), rows.share.to(ce.dtype)
+    share = rows.share.to(ce.dtype)
     if one_of_two:
         ce, lse, hit = (torch.where(rows.valid, each, 0) for each in (ce, lse, hit))
 

@@ -12,7 +12,7 @@ from .._triton import triton_implementation
 from .head import HeadOutputs, head_torch
 from .logits import logits_backward_torch, logits_torch
 from .noise_torch import noise_torch
-from .rows_torch import accumulation_dtype, rows_torch
+from .rows_torch import accumulation_dtype
 
 
 def _noise_fake(tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,15 +30,6 @@ noise_op = register(
     ],
     fake=_noise_fake,
     serves=["d3diff.noise"],
-)
-
-# The inner op of the head: what happens to a chunk's logits between the matrix products.
-register(
-    "d3diff_rows(Tensor(a!) z, Tensor? bias, Tensor rows, Tensor targets, Tensor ce_weight, Tensor? penalty_weight,"
-    " Tensor? shift, Tensor? mass_weight, Tensor(b!) ce, Tensor(c!) lse, Tensor(d!) mass, Tensor(e!) hit,"
-    " Tensor(f!)? grad_bias, int start, int[] codes, bool gradient) -> Tensor loss",
-    implementations=[compiled("d3diff_rows", "cpu"), Implementation("torch", ("cpu", "cuda"), rows_torch)],
-    fake=lambda z, *_: z.new_empty((), dtype=torch.float64),
 )
 
 
@@ -91,6 +82,7 @@ head_op = register(
     " Tensor grad_bias)",
     implementations=[
         triton_implementation(f"{__package__}.head_triton", "head_triton"),
+        compiled("d3diff_head", "cpu"),
         Implementation("torch", ("cpu", "cuda"), head_torch),
     ],
     fake=_head_fake,

@@ -109,7 +109,7 @@ def rows_torch(
     codes: Sequence[int],
     gradient: bool,
 ) -> torch.Tensor:
-    """Torch implementation of `unif2ace::d3diff_rows`: the loss of rows `rows` [m] of T, a float64 scalar.
+    """The loss of rows `rows` [m] of T, a float64 scalar.
 
     z [m, C], their logits from column `start` without the bias, becomes their gradient if `gradient`, which is then
     added up into grad_bias [C]; the rows' places in ce, lse, mass and hit [T] are written.
