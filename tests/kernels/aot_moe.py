@@ -107,8 +107,8 @@ _POINTERS = {
                     "p_grad_weight", "p_grad_bias"),
     "down": ("p_a", "p_order", "p_offsets", "p_weight", "p_bias", "p_out"),
     "down backward": ("p_a", "p_order", "p_offsets", "p_weight", "p_out"),
-    "grad_w_in": ("p_a", "p_b", "p_order", "p_offsets", "p_out"),
-    "grad_w_out": ("p_a", "p_b", "p_order", "p_offsets", "p_out"),
+    "grad_w_in": ("p_a", "p_b", "p_order", "p_offsets", "p_experts", "p_out"),
+    "grad_w_out": ("p_a", "p_b", "p_order", "p_offsets", "p_experts", "p_out"),
 }  # fmt: skip
 
 _OF_A_LAYER = ("up", "up alone", "up backward", "down")
@@ -128,13 +128,15 @@ def _product(product: str, F: int, A: int, activation: str, dtype: str, D: int =
         "grad_w_out": ("outer", grouped_triton.outer_kernel, D, F),
     }[product]
     exact = "p_weight" if product == "up backward" else None
-    kinds = {"p_order": "*i64", "p_offsets": "*i64", exact: "*fp32", "p_grad_weight": "*fp32", "p_grad_bias": "*fp32"}
+    kinds = {"p_order": "*i64", "p_offsets": "*i64", "p_experts": "*i32", exact: "*fp32"}
+    kinds |= {"p_grad_weight": "*fp32", "p_grad_bias": "*fp32"}
     plain = f"*{dtype.replace('tf32', 'fp32')}"
     signature = {name: kinds.get(name, plain) for name in _POINTERS[product]}
-    fixed = {"EXPERTS": A, "N": columns, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    fixed = {"N": columns, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     if product.startswith("grad"):
         fixed |= {"GATHER_A": product == "grad_w_in", "SLOTS": 4, "M": depth}
     else:
+        fixed["EXPERTS"] = A
         transposed = product.endswith("backward")
         signature |= {"stride_e": "i32", "stride_n" if transposed else "stride_k": "i32"}
         fixed |= {"stride_k" if transposed else "stride_n": 1, "K": depth}
@@ -165,6 +167,7 @@ CASES += [
     *(_product(product, 512, 34, "gelu_tanh", "fp32") for product in (*_OF_A_LAYER, "grad_w_in")),
     *(_product(product, 512, 34, "silu", "tf32") for product in (*_OF_A_LAYER, "grad_w_in")),
     _product("up backward", 512, 34, "relu", "bf16"),
+    _product("up", 2048, 257, "swiglu", "bf16", D=7168, rows=1 << 18),  # DeepSeek-V3's 256 experts and a shared one
     AotCase(
         "experts bias, D 2048, A 34, bf16",
         up_triton.bias_kernel,
@@ -172,6 +175,12 @@ CASES += [
          "p_grad_weight": "*fp32", "p_grad_bias": "*fp32"},
         lambda arch: ({"FIRST_PART": 4, "PARTS": 20, "SLOTS": 4, "EXPERTS": 34, "N": 2048,
                        "BLOCK_M": up_triton.BIAS_ROWS, "BLOCK_N": up_triton.BIAS_COLUMNS}, {"num_warps": 4}),
+    ),
+    AotCase(
+        "experts by load, A 257",
+        grouped_triton.by_load_kernel,
+        {"p_offsets": "*i64", "p_experts": "*i32"},
+        lambda arch: ({"EXPERTS": 257}, {"num_warps": 1}),
     ),
     AotCase(
         "experts sum of row tiles, A 34, N 2048, bf16",

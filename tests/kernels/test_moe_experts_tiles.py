@@ -15,7 +15,7 @@ from unif2ace_kernels.moe.activation_torch import ACTIVATIONS, GATED  # noqa: E4
 from unif2ace_kernels.moe.activation_triton import activate_with_slopes  # noqa: E402
 from unif2ace_kernels.moe.configs import Launch  # noqa: E402
 from unif2ace_kernels.moe.grouped_triton import (  # noqa: E402
-    by_load,
+    by_load_kernel,
     combine_kernel,
     outer_kernel,
     row_tile,
@@ -53,19 +53,9 @@ def test_activations_keep_their_digits_far_out_and_nan(triton_interpreter, activ
 def list_tiles_kernel(p_offsets, p_out, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
     i = tl.program_id(0)
     i_expert, row, end = row_tile(p_offsets, i, EXPERTS, BLOCK_M)
-    i_heavy, start, stop = by_load(p_offsets, i % EXPERTS, EXPERTS)
-    tl.store(p_out + i * 6 + 0, i_expert)
-    tl.store(p_out + i * 6 + 1, row)
-    tl.store(p_out + i * 6 + 2, end)
-    tl.store(p_out + i * 6 + 3, i_heavy)
-    tl.store(p_out + i * 6 + 4, start)
-    tl.store(p_out + i * 6 + 5, stop)
-
-
-@triton.jit
-def list_by_load_kernel(p_offsets, p_out, EXPERTS: tl.constexpr):
-    i_expert, _, _ = by_load(p_offsets, tl.program_id(0), EXPERTS)
-    tl.store(p_out + tl.program_id(0), i_expert)
+    tl.store(p_out + i * 3 + 0, i_expert)
+    tl.store(p_out + i * 3 + 1, row)
+    tl.store(p_out + i * 3 + 2, end)
 
 
 @triton.jit
@@ -79,24 +69,21 @@ def test_every_row_is_in_one_tile_of_its_expert(triton_interpreter, counts):
     offsets = torch.tensor([0, *counts]).cumsum(0)
     experts_total, rows, block = len(counts), sum(counts), 4
     programs = rows // block + experts_total
-    found = torch.full((programs, 6), -7)
+    found = torch.full((programs, 3), -7)
     list_tiles_kernel[(programs,)](offsets, found, experts_total, block)
     covered = []
-    for expert, row, end, *_ in found.tolist():
+    for expert, row, end in found.tolist():
         if row < end:
             assert end == offsets[expert + 1] and row >= offsets[expert] and (row - offsets[expert]) % block == 0
             covered += [(expert, r) for r in range(row, min(row + block, end))]
     assert covered == [(e, r) for e, (a, b) in enumerate(pairwise(offsets.tolist())) for r in range(a, b)]
-    ranked = found[:experts_total, 3].tolist()
-    assert ranked == sorted(range(experts_total), key=lambda e: (-counts[e], e))
-    assert torch.equal(found[:experts_total, 4:], torch.stack([offsets[:-1], offsets[1:]], 1)[ranked])
 
 
-def test_loads_too_large_to_be_compared_are_first_and_each_expert_has_a_rank(triton_interpreter):
-    counts = [3, 2**29, 0, 2**30, 7]  # 3 bits of a key are the expert's
-    ranked = torch.full((len(counts),), -1)
-    list_by_load_kernel[(len(counts),)](torch.tensor([0, *counts]).cumsum(0), ranked, len(counts))
-    assert ranked.tolist() == [1, 3, 4, 0, 2]
+@pytest.mark.parametrize("counts", [[0], [5], [4, 4], [0, 0, 9, 0, 1, 8, 0], [1] * 13, [3, 2**29, 0, 2**30, 7]])
+def test_experts_by_load_have_the_most_rows_first_and_then_the_lower_number(triton_interpreter, counts):
+    ranked = torch.full((len(counts) + 1,), -1, dtype=torch.int32)
+    by_load_kernel[(len(counts),)](torch.tensor([0, *counts]).cumsum(0), ranked, len(counts))
+    assert ranked.tolist() == [*sorted(range(len(counts)), key=lambda e: (-counts[e], e)), -1]
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (5, 3), (8, 1), (7, 4)])
@@ -188,7 +175,8 @@ def test_offsets_beyond_32_bits(last_programs, tmp_path):
     close(grad_bias[-1, -128:], grad_y[token, -128:].float().sum(0))
 
     out = torch.zeros(2, hidden, width).half()
-    outer = last_programs(outer_kernel, 2 * (hidden // 16), hidden // 16)  # expert 1 has fewer rows: it comes last
-    outer(x, grad_h, order, offsets, out, True, slots, 2, hidden, width, "ieee", **options)
+    by_load = experts_triton._by_load(offsets)  # expert 1 has fewer rows: it comes last
+    outer = last_programs(outer_kernel, 2 * (hidden // 16), hidden // 16)
+    outer(x, grad_h, order, offsets, by_load, out, True, slots, hidden, width, "ieee", **options)
     close(out[1], x[token].float().t() @ grad_h[own].float())
     assert (out[0] == 0).all()

@@ -33,7 +33,7 @@ from .._triton import float32_precision
 from .activation_torch import GATED
 from .configs import OUTER, ROWS, UP, UP_BACKWARD, UP_BACKWARD_GATED, UP_GATED, Launch, choose
 from .experts_torch import is_flipped
-from .grouped_triton import combine_kernel, outer_kernel, rows_kernel, sum_tiles_kernel
+from .grouped_triton import by_load_kernel, combine_kernel, outer_kernel, rows_kernel, sum_tiles_kernel
 from .up_triton import BIAS_COLUMNS, BIAS_ROWS, bias_kernel, up_backward_kernel, up_kernel
 
 Choose = Callable[[str, Tensor, int, int, int, int], Launch]
@@ -64,18 +64,28 @@ def _rows_times_weight(
     return out
 
 
+def _by_load(offsets: Tensor) -> Tensor:
+    """The experts int32 [A], those with the most rows first."""
+    out = offsets.new_empty(len(offsets) - 1, dtype=torch.int32)
+    if out.numel():
+        by_load_kernel[(len(out),)](offsets, out, len(out), num_warps=1)
+    return out
+
+
 def _outer(
-    a: Tensor, b: Tensor, gather_a: bool, order: Tensor, offsets: Tensor, slots: int, like: Tensor, choose: Choose
-) -> Tensor:
+    a: Tensor, b: Tensor, gather_a: bool, order: Tensor, offsets: Tensor, by_load: Tensor, slots: int, like: Tensor,
+    choose: Choose,
+) -> Tensor:  # fmt: skip
     """[A, M, N], shape and layout of `like`: a^T b over each expert's rows; a, or else b, has a row for each token."""
     if is_flipped(like):
-        return _outer(b, a, not gather_a, order, offsets, slots, like.transpose(1, 2), choose).transpose(1, 2)
+        flipped = like.transpose(1, 2)
+        return _outer(b, a, not gather_a, order, offsets, by_load, slots, flipped, choose).transpose(1, 2)
     (experts, m, n), rows = like.shape, len(order)
     out = like.new_empty(like.shape)
     if out.numel():
         launch = choose(OUTER, a, rows, experts, n, m)
         grid = (experts * triton.cdiv(m, launch.BLOCK_M) * triton.cdiv(n, launch.BLOCK_N),)
-        outer_kernel[grid](a, b, order, offsets, out, gather_a, slots, experts, m, n,
+        outer_kernel[grid](a, b, order, offsets, by_load, out, gather_a, slots, m, n,
                            float32_precision(), **launch._asdict())  # fmt: skip
     return out
 
@@ -178,8 +188,9 @@ def backward(
                 grad_y, weight, order, offsets, b_out.contiguous(), grad_weight, out_tiles,
                 parts, parts + bias_parts, slots, experts, hidden, BIAS_ROWS, BIAS_COLUMNS, num_warps=4,
             )  # fmt: skip
-        grad_w_out = _outer(scaled_a, grad_y, False, order, offsets, slots, w_out, choose)
-        grad_w_in = _outer(x, grad_h, True, order, offsets, slots, w_in, choose)
+        by_load = _by_load(offsets)
+        grad_w_out = _outer(scaled_a, grad_y, False, order, offsets, by_load, slots, w_out, choose)
+        grad_w_in = _outer(x, grad_h, True, order, offsets, by_load, slots, w_in, choose)
         by_slot = _rows_times_weight(grad_h, order, offsets, w_in.transpose(1, 2), None, choose)
         none = x.new_empty(0, 0)
         return (

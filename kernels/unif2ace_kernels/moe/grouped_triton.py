@@ -34,24 +34,21 @@ def row_tile(p_offsets, i_tile, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def by_load(p_offsets, i_rank, EXPERTS: tl.constexpr):
-    """(expert, first row, end of its rows) of the expert with the i_rank-th most rows.
+def by_load_kernel(p_offsets, p_experts, EXPERTS: tl.constexpr):
+    """experts int32 [EXPERTS]: those with the most rows first, of equals the lower number; grid (EXPERTS,).
 
-    Programs that start last should be the short ones, or all wait for them.
+    In this order `outer_kernel` takes them: programs that start last should be the short ones, or all wait for them.
+    Ranking there, in each of its programs, costs time and registers that grow with EXPERTS.
     """
     BLOCK_E: tl.constexpr = triton.next_power_of_2(EXPERTS)
-    o_expert = tl.arange(0, BLOCK_E)
+    i_expert, o_expert = tl.program_id(0), tl.arange(0, BLOCK_E)
     m_expert = o_expert < EXPERTS
-    # [BLOCK_E]
-    b_start = tl.load(p_offsets + o_expert, mask=m_expert, other=0).to(tl.int32)
-    b_end = tl.load(p_offsets + o_expert + 1, mask=m_expert, other=-1).to(tl.int32)
-    # More rows first, of equals the lower number; a key takes one comparison for each of the BLOCK_E**2 pairs.
-    b_count = tl.minimum(b_end - b_start, 2**31 // BLOCK_E - 1)
-    b_key = b_count * BLOCK_E - o_expert
-    # [BLOCK_E, BLOCK_E]: whether the expert of the row comes before that of the column
-    before = b_key[:, None] > b_key[None, :]
-    i_expert = tl.sum(tl.where(tl.sum(before.to(tl.int32), 0) == i_rank, o_expert, 0), 0)
-    return i_expert, tl.load(p_offsets + i_expert).to(tl.int32), tl.load(p_offsets + i_expert + 1).to(tl.int32)
+    # [BLOCK_E], -1 where there is no expert: after them all
+    b_start = tl.load(p_offsets + o_expert, mask=m_expert, other=0)
+    b_count = tl.load(p_offsets + o_expert + 1, mask=m_expert, other=-1) - b_start
+    count = tl.load(p_offsets + i_expert + 1) - tl.load(p_offsets + i_expert)
+    m_before = (b_count > count) | ((b_count == count) & (o_expert < i_expert))
+    tl.store(p_experts + tl.sum(m_before.to(tl.int32), 0), i_expert)
 
 
 @triton.jit
@@ -176,10 +173,10 @@ def outer_kernel(
     p_b,
     p_order,
     p_offsets,
+    p_experts,
     p_out,
     GATHER_A: tl.constexpr,
     SLOTS: tl.constexpr,
-    EXPERTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,13 +187,15 @@ def outer_kernel(
 ):
     """out[e] = sum over rows r of e of a^T b [EXPERTS, M, N], zero for an expert without rows.
 
-    One of a [., M] and b [., N] has a row for each token and is gathered (a if GATHER_A), the other for each r.
+    One of a [., M] and b [., N] has a row for each token and is gathered (a if GATHER_A), the other for each r; experts
+    as of `by_load_kernel`.
     """
     TILES_M: tl.constexpr = triton.cdiv(M, BLOCK_M)
     TILES_N: tl.constexpr = triton.cdiv(N, BLOCK_N)
-    i_rank = tl.program_id(0) // (TILES_M * TILES_N)
+    i_expert = tl.load(p_experts + tl.program_id(0) // (TILES_M * TILES_N))
     i_m, i_n = swizzle(tl.program_id(0) % (TILES_M * TILES_N), TILES_M, TILES_N, GROUP)
-    i_expert, start, end = by_load(p_offsets, i_rank, EXPERTS)
+    start = tl.load(p_offsets + i_expert).to(tl.int32)
+    end = tl.load(p_offsets + i_expert + 1).to(tl.int32)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = below(o_m, M, M % BLOCK_M == 0), below(o_n, N, N % BLOCK_N == 0)
