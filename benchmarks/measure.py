@@ -46,10 +46,15 @@ class ContenderError(Exception):
         self.name = name
 
 
-def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The contenders in the order of round `turn`: each is first, second, ... equally often."""
-    turn %= len(names)
-    return [*names[turn:], *names[:turn]]
+def balanced(names: Sequence[str], turn: int) -> list[str]:
+    """The contenders in the order of round `turn`: over 2 n rounds each is as often in each place and after each other.
+
+    What ran before leaves its memory and cache behind: after a twin of its own a contender finds pages that are mapped
+    already, after a larger one it maps them anew: up to a third of a call of 5 ms. (Williams, 1949.)
+    """
+    zigzag = [(step + 1) // 2 * (-1) ** (step + 1) for step in range(len(names))]  # 0, 1, -1, 2, -2, ...
+    order = [names[(turn + step) % len(names)] for step in zigzag]
+    return order[::-1] if turn // len(names) % 2 else order
 
 
 def interleaved(
@@ -94,7 +99,7 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         taking_part = [name for name in contenders if turn < most[name]]
-        for name in rotated(taking_part, turn):
+        for name in balanced(taking_part, turn):
             samples[name].append(take(name, inner[name]))
     return samples
 

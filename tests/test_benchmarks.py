@@ -9,6 +9,8 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from benchmarks import measure, run
 from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error_against, relative_error, truth_of
 from benchmarks.cases import CASES, cases_of, data, generation, model, transformers_experts
 from benchmarks.environment import ROOT, without_folders
-from benchmarks.measure import Spread, counted, interleaved, peak_and_saved_bytes, peak_bytes, rotated, saved_bytes
+from benchmarks.measure import Spread, balanced, counted, interleaved, peak_and_saved_bytes, peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 2, 64)
@@ -157,13 +159,19 @@ def test_ratios_are_taken_round_by_round(monkeypatch) -> None:
     assert record["times_ours_quartiles"] == [1.25, 2.0]
 
 
-def test_rounds_are_interleaved_and_rotate() -> None:
+def test_rounds_are_interleaved_and_balanced() -> None:
     calls: list[str] = []
     contenders = {name: (lambda name=name: calls.append(name) or time.sleep(0.002)) for name in "abc"}
     samples = interleaved(contenders, CPU, seconds=0.0, max_rounds=4)
-    assert "".join(calls[3:]) == "abcbcacababc"  # the first three estimate the time
+    assert "".join(calls[3:]) == "abcbcacabcba"  # the first three estimate the time
     assert {name: len(each) for name, each in samples.items()} == {"a": 4, "b": 4, "c": 4}
-    assert rotated("abc", 5) == ["c", "a", "b"]
+    for names in ("ab", "abc", "abcdef", "abcdefg"):
+        n = len(names)
+        orders = ["".join(balanced(names, turn)) for turn in range(2 * n)]
+        places = Counter(pair for order in orders for pair in enumerate(order))
+        neighbours = Counter(pair for order in orders for pair in pairwise(order))
+        assert len(places) == n * n and set(places.values()) == {2}
+        assert len(neighbours) == n * (n - 1) and set(neighbours.values()) == {2}
 
 
 def test_spread_and_relative_error() -> None:
