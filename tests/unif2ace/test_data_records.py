@@ -281,3 +281,40 @@ def test_parquet_whose_words_are_no_text(tmp_path, where):
     path.write_bytes(content.replace(damaged, b"\x80" + damaged[1:]))
     with pytest.raises(UserError, match=r"faces\.parquet.* can't decode byte 0x80"):
         opened(path)
+
+
+@pytest.mark.parametrize("rows", [-1, 2**62, 10**30])
+def test_a_parquet_file_that_claims_impossible_rows_is_refused(rows, tmp_path, monkeypatch):
+    path = parquet_of(tmp_path)
+    footer_says(monkeypatch, rows)
+    with pytest.raises(UserError, match=rf"faces\.parquet is damaged \({rows} rows in a group\)"):
+        sets.open_raw(path)
+
+
+def test_rows_that_a_parquet_file_claims_and_lacks_are_samples_lost(tmp_path, monkeypatch):
+    path = parquet_of(tmp_path)
+    footer_says(monkeypatch, 5)
+    source = sets.open_raw(path)
+    assert len(source) == 5 and source[2].key == "face-2"
+    with pytest.raises(SampleError, match="row group 0"):
+        source[4]
+
+
+def parquet_of(folder):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(
+        pyarrow.Table.from_pylist([sets.record(number) for number in range(3)]), folder / "faces.parquet"
+    )
+    return folder / "faces.parquet"
+
+
+def footer_says(monkeypatch, rows):
+    import pyarrow.parquet as parquet
+
+    class Footer:
+        def to_dict(self):
+            return {"row_groups": [{"num_rows": rows}]}
+
+    monkeypatch.setattr(parquet, "read_metadata", lambda file: Footer())

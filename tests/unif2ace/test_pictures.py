@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unif2ace.pictures import decode, sheet
+from unif2ace.errors import UserError
+from unif2ace.pictures import decode, read_png, sheet
 
 HALVES = np.zeros((8, 16, 3), np.uint8)
 HALVES[:, :8, 0] = 255
@@ -67,6 +68,21 @@ def test_damaged(cut):
     transparent = np.random.default_rng(0).integers(0, 255, (40, 40, 4), dtype=np.uint8)
     with pytest.raises(ValueError, match="not a picture"):
         decode(file_of(Image.fromarray(transparent))[:cut] if cut else b"\x89PNG no")
+
+
+def test_a_painting_is_read_or_named(tmp_path):
+    path, pixels = tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (8, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    assert np.array_equal(read_png(path), pixels)
+    whole = path.read_bytes()
+    huge = whole[:16] + (2**20).to_bytes(4, "big") * 2 + whole[24:]
+    for content in (whole[:60], whole[:40] + b"?" * 40, b"words", b"", huge, file_of(Image.fromarray(pixels), "JPEG")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.png is damaged or no picture.*: delete it"):
+            read_png(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"x\.png is missing"):
+        read_png(path)
 
 
 def test_a_sheet_keeps_the_order_and_fills_up_with_white():

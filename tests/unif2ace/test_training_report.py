@@ -14,7 +14,7 @@ from unif2ace.cli import main
 from unif2ace.errors import UserError
 from unif2ace.training import figures, history, report
 from unif2ace.training.findings import duration, findings, headline, last_loads, short, window
-from unif2ace.training.history import Loads, Run
+from unif2ace.training.history import Loads, Run, Sample
 
 NASTY = "<script>alert('x')</script> & \"quotes\""
 
@@ -296,3 +296,12 @@ def test_large_numbers_are_short(value, words):
 @pytest.mark.parametrize("seconds, words", [(5, "5 s"), (65, "1 min 5 s"), (7320, "2 h 2 min"), (180000, "2 d 2 h")])
 def test_durations_in_two_units(seconds, words):
     assert duration(seconds) == words
+
+
+def test_a_painting_that_is_damaged_is_left_out(tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "b.png")]
+    Image.new("RGB", (20, 10)).save(paths[0])
+    paths[1].write_bytes(paths[0].read_bytes()[:50])
+    samples = [Sample(step, [], [{"image": 0}], path, path) for step, path in enumerate(paths)]
+    assert figures.sheet(samples, side=10).height == 10 and figures.sheet(samples[1:]) is None
+    assert report._crops(samples[0]) and not report._crops(samples[1])
