@@ -75,6 +75,21 @@ def implementations(device_type: str) -> dict[str, str]:
     return {op: explain(op, tensor).implementation for op in registered_ops()}
 
 
+def shortfalls(device_type: str) -> list[str]:
+    """Which better implementations of the package's ops are missing in this installation: a line a reason."""
+    import torch
+
+    from unif2ace_kernels import d3diff, moe, random, sampling  # noqa: F401  their import registers the ops
+    from unif2ace_kernels._library import explain, registered_ops
+
+    tensor = torch.empty(0, device=device_type)
+    found: dict[tuple[str, str], list[str]] = {}
+    for op in registered_ops():
+        for missing in explain(op, tensor).passed_over:
+            found.setdefault(missing, []).append(op)
+    return [f"ours without {name} in {len(ops)} ops: {why}" for (name, why), ops in found.items()]
+
+
 def without_folders(text: str) -> str:
     """`text` without the folders of this machine: a file is named from the repository or its package on."""
     return re.sub(

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import torch
 
 from .case import OURS, TRAINING, Baseline, Case, Run, Work
-from .environment import describe, without_folders
+from .environment import describe, shortfalls, without_folders
 from .measure import (
     MAX_ROUNDS,
     ContenderError,
@@ -212,6 +212,7 @@ class InTime:
 def run_all(cases: Iterable[Case], device: torch.device, out: TextIO | None, **options: Any) -> list[Record]:
     """`run_case` on each; every record becomes a JSON line and a row on stdout as soon as its case is done."""
     environment = describe(device.type)
+    print("".join(f"{line}\n" for line in shortfalls(device.type)), end="")
     done: list[Record] = []
     for case in cases:
         print(f"\n{case.name}  {dict(case.sizes)}")

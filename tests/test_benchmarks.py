@@ -21,6 +21,7 @@ from benchmarks.case import FORWARD, TRAINING, Baseline, Case, Work, bind, error
 from benchmarks.cases import CASES, cases_of, data, generation, model, transformers_experts
 from benchmarks.environment import ROOT, without_folders
 from benchmarks.measure import Spread, balanced, counted, interleaved, peak_and_saved_bytes, peak_bytes, saved_bytes
+from unif2ace_kernels import _library
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 2, 64)
@@ -266,6 +267,14 @@ def test_ceilings_are_looked_at_again_and_only_rise(monkeypatch) -> None:
         now[0] = moment
         seen.append(measure._ceiling(("copy", "toy"), lambda: next(rates)))
     assert seen == [2.0, 2.0, 2.0, 2.0, 5.0]
+
+
+def test_a_run_says_which_of_ours_is_not_built(monkeypatch, capsys) -> None:
+    lacking = _library.Explanation("any", "cpu", "torch", (("c++", "not built: no compiler"),))
+    monkeypatch.setattr(_library, "explain", lambda op, *tensors: lacking)
+    run.run_all([], CPU, None)
+    said = f"ours without c++ in {len(_library.registered_ops())} ops: not built: no compiler\n"
+    assert capsys.readouterr().out == said
 
 
 def test_no_case_is_begun_that_would_not_end_in_time(tmp_path: Path, monkeypatch, capsys) -> None:
