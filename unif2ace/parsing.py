@@ -9,6 +9,7 @@ its own mistakes come out as they are.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -59,7 +60,8 @@ def reading(path: Path | str, what: str, mend: str = "copy it again") -> Iterato
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):
             raise UserError(f"{path} is missing") from cause
-        if isinstance(cause, OSError) and cause.strerror:  # those without are a library's word for damage
+        # Those without words are a library's for damage; an invalid argument is a place before the file's beginning.
+        if isinstance(cause, OSError) and cause.strerror and cause.errno != errno.EINVAL:
             raise UserError(f"cannot read {path}: {cause.strerror}") from cause
         raise
 

@@ -95,6 +95,8 @@ def test_a_file_that_is_missing_or_cannot_be_read(tmp_path):
         raise OSError(errno.EIO, "Input/output error")
     with pytest.raises(UserError, match="^x is damaged or no thing"), reading("x", "thing"):
         raise OSError("a library's own word")
+    with pytest.raises(UserError, match="^x is damaged or no thing"), reading("x", "thing"):
+        raise OSError(errno.EINVAL, "Invalid argument")  # as of a seek to a negative place
 
 
 def test_other_errors_can_be_asked_for():
