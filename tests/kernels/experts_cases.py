@@ -93,6 +93,7 @@ EDGES = {
     "a group without tokens": {"tokens": 20, "groups": torch.zeros(20).long()},
     "no bias": {"tokens": 20, "bias": False},
     "blocks divide all sizes": {"tokens": 32, "hidden": 32, "width": 64},
+    "one beyond the blocks": {"tokens": 17, "hidden": 17, "width": 33, "sizes": (1,), "top_k": 1, "shared": 0},
     "odd sizes": {"tokens": 20, "hidden": 7, "width": 3, "sizes": (2, 3)},
     "many experts": {"tokens": 12, "sizes": (13, 20), "shared": 0, "hidden": 8, "width": 8},
     "all on one expert": {"tokens": 50, "sizes": (6,), "top_k": 1, "shared": 0,

@@ -99,6 +99,9 @@ def test_weights_with_strides_are_not_copied_unless_far():
     assert experts_triton._matrices(weight) is weight
     far = torch.empty_strided((2, 6, 8), (0, 2**30, 1), device="meta")
     assert experts_triton._matrices(far).is_contiguous()
+    # Its own offsets fit in 32 bits, the step to the next 128 rows, which a tile takes, does not.
+    step = torch.empty_strided((1, 6, 8), (0, 2**24, 1), device="meta")
+    assert experts_triton._matrices(step).is_contiguous()
 
 
 def test_float32_products_are_exact_unless_torch_may_round():
