@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,11 @@ def test_carried_packages_are_there_for_every_stage(tmp_path: Path, monkeypatch)
     }  # fmt: skip
     stage = stages.Stage("look", python("import alpha, plain; print(alpha.NAME, plain.NAME)"), 20)
     assert stages.run_stage(stage, 20, tmp_path / "log", path)["tail"].strip() == "alpha plain"
+
+    (carried / "broken-0-py3-none-any.whl").unlink()
+    ran: list[Sequence[str]] = []
+    monkeypatch.setattr(gpu, "_output", lambda command, *_: ran.append(command) or "")
+    assert set(gpu.carried_packages(carried)[1].values()) == {"installed"} and len(ran) == 1  # all of them at once
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     hopper = {"cuda": True, "capability": [9, 0]}
