@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,9 @@ class QuickEncoding:
 
     def of_process(self, number: int) -> QuickEncoding:
         return self
+
+    def describe(self) -> dict[str, Any]:
+        return QuickEncoding.build(self).describe()
 
     def build(self) -> Encoding:
         def framed(picture: np.ndarray, side: int) -> np.ndarray:

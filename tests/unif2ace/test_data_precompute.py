@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import sets
+import torch
 from quick import CountedEncoding, DyingEncoding, PickyEncoding, QuickEncoding, job
 
 from unif2ace.cli import main
@@ -78,7 +80,7 @@ def test_processes_are_numbered_and_go_over_the_gpus(raw, tmp_path, monkeypatch)
     built = tmp_path / "built"
     built.mkdir()
     made(raw, tmp_path / "out", CountedEncoding(folder=str(built)), processes=3)
-    assert {each.name for each in built.iterdir()} == {"None", "0", "1", "2"}  # None: the one that asks what is made
+    assert {each.name for each in built.iterdir()} == {"0", "1", "2"}  # and the one that shares the work out: nothing
 
     monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
     spread = EncodingConfig("", identity="sface", device="cuda")
@@ -277,6 +279,16 @@ def test_the_command(raw, tokenizer, tmp_path, capsys):
     assert source[0].semantic.shape == (module_.config.grid**2, module_.config.bits)
     assert main(["precompute", str(config), "--shrad=10"]) == 1
     assert "shrad: there is no such key; did you mean shard?" in capsys.readouterr().err
+
+
+def test_a_job_is_described_without_the_device_that_does_it(tokenizer, monkeypatch):
+    here = EncodingConfig(str(tokenizer[0]), semantic="image_tokenizer", frame="square")
+    there = dataclasses.replace(here, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert there.describe() == here.build().describe()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"encoding\.device: expected a device that torch has here, .* got 'cuda:1'"):
+        there.describe()
 
 
 def test_an_image_tokenizer_that_is_not_there(tokenizer, tmp_path):

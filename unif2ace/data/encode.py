@@ -65,6 +65,15 @@ class EncodingConfig:
             return self
         return dataclasses.replace(self, device=f"cuda:{number % torch.cuda.device_count()}")
 
+    def describe(self) -> dict[str, Any]:
+        """What `build` will give says of itself; for a process that is to compute nothing: no GPU is touched.
+
+        Raises:
+            UserError: as of `build`.
+        """
+        check_device(self.device, "encoding.device")
+        return dataclasses.replace(self, device="cpu").build().describe()
+
     def build(self) -> Encoding:
         """Load the networks.
 
@@ -173,11 +182,14 @@ def _features(encoder: Features, views: list[np.ndarray], wheres: list[str]) -> 
 
 
 def check_device(name: str, where: str) -> None:
-    """UserError, with the config's key `where`, for a device that torch does not have."""
+    """UserError, with the config's key `where`, for a device that torch does not have; the device is not touched."""
     try:
-        torch.empty(0, device=name)
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(f"{where}: expected a device that torch has here, such as cpu, got {name!r}") from error
+        device = torch.device(name)
+        there = (device.index or 0) < torch.get_device_module(device).device_count()
+    except RuntimeError:  # torch knows none of that name
+        there = False
+    if not there:
+        raise UserError(f"{where}: expected a device that torch has here, such as cpu, got {name!r}")
 
 
 def face_frame(picture: np.ndarray, side: int) -> np.ndarray:

@@ -66,13 +66,15 @@ def precompute(config: PrecomputeConfig, progress: bool = True) -> dict[str, Any
             process is at work in it, or too many samples cannot be read.
     """
     config.check()
-    source, encoding = open_source(config.set, "set"), config.encoding.build()
+    source = open_source(config.set, "set")
+    # Where others do the work, this process keeps no networks.
+    encoding = config.encoding.build() if config.processes == 1 else None
     job = {
         "format": FORMAT,
         "samples": len(source),
         "source": source.fingerprint,
         "fields": vars(config.set.fields),
-        "encoding": encoding.describe(),
+        "encoding": (encoding or config.encoding).describe(),
         "shard": config.shard,
         "batch": config.batch,
     }
@@ -88,10 +90,10 @@ def precompute(config: PrecomputeConfig, progress: bool = True) -> dict[str, Any
         corrupt = list(map(list, source.damaged))
         with tqdm(total=len(source), desc="precompute", unit="sample", disable=not progress) as bar:
             bar.update(sum(index["samples"] + len(index["skipped"]) for index in indices.values()))
-            if config.processes == 1 or len(missing) < 2:
-                made = _made_here(_Worker(config, name, source, encoding, bar.update), missing)
-            else:
+            if encoding is None:
                 made = _made_beside(config, name, missing, bar)
+            else:
+                made = _made_here(_Worker(config, name, source, encoding, bar.update), missing)
             for index in itertools.chain([*indices.values()], made):
                 indices[index["first"] // config.shard] = index
                 corrupt += [[where, reason] for where, reason, damage in index["skipped"] if damage]
@@ -232,6 +234,8 @@ def _run(number: int) -> dict[str, Any]:
 
 def _made_beside(config: PrecomputeConfig, job: str, shards: list[int], bar: tqdm) -> Iterator[dict[str, Any]]:
     """The indices of `shards` as they are made, by processes, in any order."""
+    if not shards:
+        return
     count, before = min(config.processes, len(shards)), bar.n
     # Networks and their threads do not survive a fork of this process; one that has only imported may be forked.
     context = multiprocessing.get_context("forkserver")
