@@ -18,8 +18,8 @@ from typing import Any
 
 from unif2ace.files import read_json
 
-from .report import table
 from .results import origin, publish
+from .tables import table
 
 RECORDS = Path("benchmarks") / "results" / "faces" / "synthetic.jsonl"
 PAGE = Path("docs") / "results" / "faces.md"

@@ -18,7 +18,6 @@ anything is timed. Whole steps are timed without a profiler, in turns; the parts
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,13 +31,13 @@ from unif2ace.configs import TokenMoEConfig, UniF2aceConfig, VocabularyConfig
 from unif2ace.model.modeling import UniF2aceForConditionalGeneration
 from unif2ace_kernels.sampling import sampler
 
-from . import plain
+from . import plain, tables
 from .batches import training_batch
 from .cases.generation import Loops
 from .environment import describe
 from .measure import Spread, interleaved
-from .parts import OTHER, Places, model_parts, shares
-from .results import write_records
+from .parts import Places, model_parts, shares
+from .results import read_records, write_records
 
 OURS, PLAIN, CAREFUL, SHOWO = "ours", "plain", "careful", "Show-o's loop, plain"
 CPU = torch.device("cpu")
@@ -196,29 +195,6 @@ def _records(
     return records
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: whole steps, then the parts of each."""
-    rows = ["| size | what | ours, ms | the others' time over ours |", "|---|---|--:|---|"]
-    groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault((record["size"], record["mode"]), {})[record["contender"]] = record
-    for (shape, mode), of in groups.items():
-        others = "; ".join(f"{name} {each['times_ours']:.2f}" for name, each in of.items() if name != OURS)
-        rows.append(f"| {shape} | {mode} | {of[OURS]['median_ms']:.1f} | {others} ({of[OURS]['experts']}) |")
-    for (shape, mode), of in groups.items():
-        names = list(dict.fromkeys(part for each in of.values() for part in each["parts_ms"]))
-        names.sort(key=lambda part: (part == OTHER, -sum(of[OURS]["parts_ms"].get(part, (0, 0)))))
-        rows += ["", f"{shape}, {mode}: ms forward + backward in a profiled call", ""]
-        rows += [f"| part | {' | '.join(of)} |", "|---|" + "--:|" * len(of)]
-        for part in names:
-            cells = []
-            for each in of.values():
-                forward, backward = each["parts_ms"].get(part, (0.0, 0.0))
-                cells.append(f"{forward:.1f} + {backward:.1f}" if backward else f"{forward:.1f}")
-            rows.append(f"| {part} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
 def main(arguments: Sequence[str] | None = None, sizes: Sequence[Size] = tuple(SIZES)) -> int:
     """Command line; `sizes` replaces the list (tests)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiles", description=__doc__.splitlines()[0])
@@ -228,7 +204,7 @@ def main(arguments: Sequence[str] | None = None, sizes: Sequence[Size] = tuple(S
     parser.add_argument("--table", type=Path, help="print this file of results as Markdown, measure nothing")
     options = parser.parse_args(arguments)
     if options.table is not None:
-        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
+        print(tables.profiles(read_records(options.table)))
         return 0
     environment = describe("cpu", "profiles")
     records: list[dict[str, Any]] = []
@@ -237,7 +213,7 @@ def main(arguments: Sequence[str] | None = None, sizes: Sequence[Size] = tuple(S
             found = train(size, options.seconds)
             found += generate(size, options.seconds, found[0]["experts"])
             records += [each | environment for each in found]
-    print(table(records))
+    print(tables.profiles(records))
     if options.json is not None:
         write_records(options.json, records)
     return 0

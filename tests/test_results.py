@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import cpu, report, run
+from benchmarks import cpu, report, run, tables
 from benchmarks.cases import CASES, moe
 from benchmarks.cases.moe_layer import Layer
 from benchmarks.measure import counted
@@ -41,7 +41,12 @@ def device(tmp_path) -> Device:
         *(record("toy.c", "ours", 3.0 * n**2, 1.0, shape=f"scaling N{n}", axis="N", at=n) for n in (1, 4, 2)),
         {"op": "ceilings", "copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 2e11, "bfloat16": 3e11}},
     ]  # fmt: skip
-    (folder / "plan.jsonl").write_text(json.dumps({**record("plan", "ours", 1.0, 1.0), "peak": 5}))
+    planned = {"size": "toy", "precision": "bf16", "kept": {"head": 2 << 20, "norms": 1 << 20}, "peak": 5 << 20}
+    planned |= {"kept_ratio": 1.01, "peak_ratio": 0.99}
+    (folder / "plan.jsonl").write_text(json.dumps(record("plan", "ours", 1.0, 1.0) | planned))
+    sent = {"point": {"name": "8, K 2", "tokens": 1024, "hidden": 32}, "bytes_least": 2e6, "naive_time_over_ours": 1.5}
+    sent["bytes"] = {"ours": 2.1e6, "a row for each token and expert": 5e6}
+    (folder / "dispatch.jsonl").write_text(json.dumps(record("dispatch", "", 0.0, 0.0) | sent))
     step = {"rounds": 2, "steps": 6, "step_ms": 120.0, "tokens_per_second": 4321.0, "bytes": 3e6, "exchanging_ms": 30.0}
     line = {"computing": [[0.0, 80.0], [90.0, 120.0]], "exchanging": [[70.0, 100.0]]}
     told = [
@@ -58,17 +63,19 @@ def test_the_best_peer_gives_the_same_and_is_not_ours(device) -> None:
     a, b = device.results
     assert (a.peers[0]["contender"], a.ratio, b.ratio) == ("quick", 1.5, 0.5)
     assert [each["contender"] for each in a.absent] == ["absent"]
-    assert report.verdict(device).startswith("Ours is the fastest in 1 of 2 cases; it is slower in 1, in 1 of them")
-    assert [line for line in report.losses(device).splitlines() if "toy.b" in line and "| 0.50 | yes |" in line]
-    assert "toy.a" not in report.losses(device)
-    rows = report.overview(device).splitlines()[2:]
+    assert tables.verdict(device).startswith("Ours is the fastest in 1 of 2 cases; it is slower in 1, in 1 of them")
+    assert [line for line in tables.losses(device).splitlines() if "toy.b" in line and "| 0.50 | yes |" in line]
+    assert "toy.a" not in tables.losses(device)
+    rows = tables.overview(device).splitlines()[2:]
     assert rows[0].startswith("| `toy.a` | forward | 1 | 1.50 | 1.50 | 1.50 | 50 % | quick at demo |")
-    assert "| absent | missing | not here | 1 |" in report.absences(device)
-    assert "plan.jsonl" in report.sources(device) and "plan" not in device.files
+    assert "| absent | missing | not here | 1 |" in tables.absences(device)
+    assert "plan.jsonl" in tables.sources(device) and "plan" not in device.files
 
 
-def test_a_step_over_processes_is_told(device) -> None:
+def test_what_holds_no_cases_is_told_too(device) -> None:
     page = report.device_page(device)
+    assert "| toy | bf16 | 3.0 | 1.010 | 5.0 | 0.990 |" in page and "1,024 tokens each, D 32" in page
+    assert "| 8, K 2 | 2.00 | 1.050 | 2.50 | 1.50 |" in page
     assert "| two, sharded | 120 | 4,321 | 0.80 | 3.0 (1.50 of the least) | 30 | 67% |" in page
     assert "| one process | 120 | 4,321 | 1.00 | 3.0 | 30 |  |" in page
     assert "(toy-training.svg)" in page and "training" in report.names_of_pictures(device)
@@ -77,9 +84,9 @@ def test_a_step_over_processes_is_told(device) -> None:
 def test_series_are_fitted_in_order_and_are_no_results(device) -> None:
     ((key, series),) = device.series.items()
     assert key == ("toy.c", "N") and [each["at"] for each in series] == [1, 2, 4]
-    assert "| `toy.c` | N | 1 to 4 | 3 to 48 | 2.00 | 2.00 |" in report.growth(device)
+    assert "| `toy.c` | N | 1 to 4 | 3 to 48 | 2.00 | 2.00 |" in tables.growth(device)
     words = "Along 1 axes the fitted exponent of ours is at most 2.00 (`toy.c` in N); of the last step alone, 2.00"
-    assert report.growth_in_words(device).startswith(words)
+    assert tables.growth_in_words(device).startswith(words)
 
 
 def test_exponents() -> None:
