@@ -9,6 +9,45 @@ namespace unif2ace {
 namespace {
 
 constexpr int64_t kPiece = 16 * kTile;  // elements of a sample that one thread takes at a time
+constexpr int64_t kBlock = 64;          // elements whose sums stay in registers: a tile's are written and read a term
+
+// y = coef_0 x + sum_k coef_k injected_k, `step` elements from one injected term to the next.
+template <class T, class Real>
+UNIF2ACE_INLINE void mix_block(const T* x, const T* injected, int64_t step, const Real* coef, int64_t terms, T* y,
+                               int64_t count) {
+  Real sum[kBlock];
+  for (int64_t i = 0; i < count; ++i) sum[i] = widen<Real>(x[i]) * coef[0];
+  for (int64_t k = 1; k < terms; ++k, injected += step)
+    for (int64_t i = 0; i < count; ++i) sum[i] += widen<Real>(injected[i]) * coef[k];
+  for (int64_t i = 0; i < count; ++i) y[i] = narrow<T>(sum[i]);
+}
+
+template <class T, class Real>
+UNIF2ACE_SIMD_CLONES void mix_terms(const T* x, const T* injected, int64_t step, const Real* coef, int64_t terms, T* y,
+                                    int64_t count) {
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) mix_block(x + i, injected + i, step, coef, terms, y + i, kBlock);
+  mix_block(x + i, injected + i, step, coef, terms, y + i, count - i);
+}
+
+// to = by grad; returns <grad, term>.
+template <class T, class Real>
+UNIF2ACE_SIMD_CLONES Real mix_term_backward(const T* __restrict grad, const T* __restrict term, Real by,
+                                            T* __restrict to, int64_t count) {
+  Real product[kBlock] = {};
+  const auto element = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+    const Real g = widen<Real>(grad[i]);
+    product[lane] += g * widen<Real>(term[i]);
+    to[i] = narrow<T>(g * by);
+  };
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock)
+    for (int64_t lane = 0; lane < kBlock; ++lane) element(i + lane, lane);
+  for (int64_t lane = 0; i + lane < count; ++lane) element(i + lane, lane);
+  for (int64_t half = kBlock / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) product[lane] += product[lane + half];
+  return product[0];
+}
 
 // What both directions know. Terms of a sample: x, then the injected sequences.
 template <class T>
@@ -60,14 +99,9 @@ Tensor mix_cpu(const Tensor& x_, const Tensor& coef_, const Tensor& injected_) {
     const Mixture<T> at(x, coef, injected);
     T* const to = static_cast<T*>(y.mutable_data_ptr());
     at.for_pieces([&](int64_t b, int64_t, int64_t begin, int64_t end) {
-      Real sum[kTile];
-      for (int64_t j = begin; j < end; j += kTile) {
-        const int64_t count = std::min(kTile, end - j);
-        scale_to(at.x + b * at.size + j, at.coef[b * at.terms], sum, count);
-        for (int64_t k = 1; k < at.terms; ++k)
-          add_scaled(sum, at.term(at.x, at.injected, b, k) + j, at.coef[b * at.terms + k], count);
-        store(sum, to + b * at.size + j, count);
-      }
+      const T* const injected_terms = at.injected + b * (at.terms - 1) * at.size;
+      mix_terms(at.x + b * at.size + begin, injected_terms + begin, at.size, at.coef.data() + b * at.terms, at.terms,
+                to + b * at.size + begin, end - begin);
     });
   });
   return y;
@@ -91,18 +125,10 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward_cpu(const Tensor& grad_y_, const
     T* const to_injected = static_cast<T*>(grad_injected.mutable_data_ptr());
     std::vector<Real> products(at.batch * at.pieces * at.terms);  // <grad_y, term> of each piece
     at.for_pieces([&](int64_t b, int64_t piece, int64_t begin, int64_t end) {
-      Real grad[kTile];
-      std::vector<Real> product(at.terms * kTile);
-      for (int64_t j = begin; j < end; j += kTile) {
-        const int64_t count = std::min(kTile, end - j);
-        load(from + b * at.size + j, grad, count);
-        for (int64_t k = 0; k < at.terms; ++k) {
-          add_product(product.data() + k * kTile, grad, at.term(at.x, at.injected, b, k) + j, count);
-          scale_to(grad, at.coef[b * at.terms + k], at.term(to_x, to_injected, b, k) + j, count);
-        }
-      }
       for (int64_t k = 0; k < at.terms; ++k)
-        products[(b * at.pieces + piece) * at.terms + k] = folded(product.data() + k * kTile);
+        products[(b * at.pieces + piece) * at.terms + k] = mix_term_backward(
+            from + b * at.size + begin, at.term(at.x, at.injected, b, k) + begin, at.coef[b * at.terms + k],
+            at.term(to_x, to_injected, b, k) + begin, end - begin);
     });
     std::vector<Real> sums(at.batch * at.terms);
     for (int64_t i = 0; i < at.batch * at.pieces; ++i)

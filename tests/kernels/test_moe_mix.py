@@ -13,12 +13,13 @@ def make(injected=2, dtype=torch.float64, batch=3, length=5):
 
 
 @pytest.mark.parametrize("injected", [0, 1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients(injected, dtype):
-    ours, peer = make(injected, dtype), make(injected, dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [5, 1041])  # 1,041 x 4 elements: a whole piece of them, a block and a rest
+def test_values_and_gradients(injected, dtype, length):
+    ours, peer = (make(injected, dtype, length=length) for _ in range(2))
     exact = [each.detach().double().requires_grad_() for each in ours]
     outputs = [mix(*ours), reference.mix(*peer), reference.mix(*exact)]
-    grad_y = torch.randn(3, 5, 4).to(dtype)
+    grad_y = torch.randn(3, length, 4).to(dtype)
     for y in outputs:
         y.backward(grad_y.to(y.dtype))
     got, same_dtype, want = (
@@ -27,7 +28,8 @@ def test_values_and_gradients(injected, dtype):
     for g, p, w in zip(got, same_dtype, want, strict=True):
         assert g.shape == w.shape and g.dtype == dtype
         if w.numel():
-            assert (g - w).abs().max() <= 2 * (p - w).abs().max() + 1e-6
+            tiny = 1e-6 * w.abs().max().clamp(min=1)  # gradients of coef are sums over a sample
+            assert (g - w).abs().max() <= 2 * (p - w).abs().max() + tiny
 
 
 @pytest.mark.parametrize("injected", [0, 1, 3])
