@@ -75,8 +75,8 @@ def route(
     Args:
         logits: [T, E], E = sum(group_sizes); group g owns the columns from sum(group_sizes[:g]). Columns of the other
             groups are not read. float64 is computed in float64, everything else in float32.
-        group_ids: [T] int, 0 <= id < G. Checked on the CPU; on CUDA, where looking costs a synchronisation, an id out
-            of range gives undefined values but leads nowhere out of bounds (float64: undefined behaviour).
+        group_ids: [T] int, 0 <= id < G. Checked on the CPU; on CUDA, where looking costs a synchronisation, one out of
+            range is taken as the nearest that there is (plain torch, as for float64: undefined behaviour).
         group_sizes: routed experts of each group.
         top_k: K, at most the smallest group.
         shared: always-on experts of each group; they get weight 1 and the indices from E (see `Routing`).
@@ -85,6 +85,9 @@ def route(
         scoring: "softmax" or "sigmoid".
         selection_bias: [E] float, added for the choice only; no gradient.
         z_coef: coefficient of the z loss.
+
+    Returns:
+        `Routing` of the T tokens.
 
     Raises:
         ValueError: naming the argument.
