@@ -63,7 +63,7 @@ def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside the test, ``kernel[grid](...)`` runs in Triton's interpreter on CPU tensors, without a GPU.
+    """Inside the test, ``kernel[grid](...)`` is interpreted by Triton on CPU tensors, without a GPU, and watched.
 
     Triton decides between compiler and interpreter when a kernel is defined. Here it is decided when one is called,
     so that the kernels that the same process compiles ahead of time stay what they are. What the interpreter
@@ -71,6 +71,7 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     pytest.importorskip("triton", reason="needs Triton")
     import triton.language as tl
+    import watched_memory
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -83,6 +84,7 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_with_index)
+    watched_memory.watch(monkeypatch)
 
     interpreted: dict[object, InterpretedFunction] = {}
 
