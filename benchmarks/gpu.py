@@ -5,8 +5,9 @@
 Needs no network and installs nothing into the machine: Python with torch (and its Triton), nvcc where there is one.
 pytest and the peers may come along as wheels in .whl, which are unpacked aside.
 Stages run one after the other, each in a process of its own with its own slice of the time that is left; one that
-fails, hangs or crashes does not stop the next. Left in DIR, valid after every stage: gpu.json (what each stage did),
-benches.jsonl (see run.py), stages.log (all output). The exit status is 1 if a stage failed.
+fails, hangs or crashes does not stop the next, and if it timed ours beside peers, ours is then timed alone. Left in
+DIR, valid after every stage: gpu.json (what each stage did), benches.jsonl (see run.py), stages.log (all output). The
+exit status is 1 if a stage failed.
 
 The main results come first. "check" makes each of their calls once, ours and the peers', on all cores: so what is wrong
 is known within a minute or two, and the kernels that are timed afterwards lie compiled in Triton's cache, whose
@@ -34,6 +35,7 @@ from .stages import Stage, run_stages, summary
 NO_CUDA = "no CUDA device"
 BUDGET_S = 530  # where a GPU is shared, a command often has ten minutes
 CARRIED = ".whl"  # folder of packages for a machine without a network: wheels, and folders of plain source
+NOBODY = "none"  # run.NOBODY, which brings torch
 _PYTHON = sys.executable
 _OF_MODEL = ("model.step", "model.block", "model.forward", "sampling.generate", "transformers.experts")
 # What the package is chosen by: op, shape, and the most seconds it may take.
@@ -209,8 +211,12 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
         command = _python("-m", "benchmarks.run", "--op", op, "--shape", shape, "--dtype", dtype, *more)
         compiled = "compiled" if "torch.compile" in more else ""
         name = " ".join(filter(None, ["bench", op, shape, dtype, compiled]))
-        missing = no_model if op in _OF_MODEL else None
-        return Stage(name, [*command, "--seconds", str(each), *how], seconds, missing or needs_cuda)
+        missing = (no_model if op in _OF_MODEL else None) or needs_cuda
+        command = [*command, "--seconds", str(each), *how]
+        # A kernel of a peer's that takes the device along, or never ends, shall not cost our figures.
+        alone = [*command, "--against", NOBODY, "--unmeasured"]
+        instead = None if "--against" in more else Stage(f"{name}, ours alone", alone, min(seconds, 40))
+        return Stage(name, command, seconds, missing, instead=instead)
 
     def check(name: str, seconds: float, asked: Sequence[Mapping[str, str]]) -> Stage:
         how = "list" if dry_run else "check"
@@ -272,15 +278,14 @@ def plan(found: Mapping, out: Path, *, dry_run: bool, path: Sequence[str] = ()) 
 
 def digest(lines: Sequence[str]) -> list[str]:
     """A line for each case of result lines: our time, or why there is none; series are left to their pages."""
-    from .results import results_of  # brings torch, which this process does without before
+    from .results import in_a_line, results_of  # brings torch, which this process does without before
 
     found = []
     for result in results_of(lines)[0]:
         ours, fastest = result.ours, result.peers[:1]
         name = " ".join(result[key] for key in ("op", "shape", "dtype", "mode"))
         if not result.measured:
-            reason = str(ours.get("reason", "not timed")).strip().splitlines()[-1]
-            found.append(f"{name}: {ours['status']}, {reason}")
+            found.append(f"{name}: {ours['status']}, {in_a_line(ours.get('reason', 'not timed'))}")
         elif not result.axis:
             time_and_share = f"{ours['median_ms']:.3f} ms, {100 * ours['share_of_floor']:.0f} % of the floor's rate"
             found.append(f"{name}: {time_and_share}" + "".join(f", {_contender(each)}" for each in fastest))

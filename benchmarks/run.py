@@ -37,6 +37,7 @@ from .measure import (
     peak_and_saved_bytes,
     peak_bytes,
 )
+from .results import in_a_line
 from .stages import CUT
 
 Record = dict[str, Any]
@@ -80,7 +81,7 @@ def run_case(
     wanted = against.lower()
     baselines = {name: each for name, each in work.baselines.items() if wanted != NOBODY and wanted in name.lower()}
     for name, contender in {OURS: Baseline(work.ours), **baselines}.items():
-        verdict, took = _admit(contender, work, compiling)
+        verdict, took = _admit(contender, work, compiling, device)
         if took > LONG_CALL_S and not contender.compiles and device.type == "cpu":
             known[name] = took
         records[name] = {**base, "contender": name, **verdict}
@@ -95,7 +96,7 @@ def run_case(
     return list(records.values())
 
 
-def _admit(contender: Baseline, work: Work, compiling: bool) -> tuple[Record, float]:
+def _admit(contender: Baseline, work: Work, compiling: bool, device: torch.device) -> tuple[Record, float]:
     """Run a contender once and compare its outputs: may it be timed? And the seconds of that call."""
     if contender.run is None:
         return {"status": MISSING, "reason": contender.missing}, 0.0
@@ -104,6 +105,8 @@ def _admit(contender: Baseline, work: Work, compiling: bool) -> tuple[Record, fl
     start = time.perf_counter()
     try:
         outputs = contender.run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # where a kernel fails is the contender that launched it
     except Exception as error:  # a peer may fail in any way; the line says which
         return _raised(error, ours=contender.run is work.ours), 0.0
     took = time.perf_counter() - start
@@ -194,6 +197,15 @@ def select(cases: Iterable[Case], *, op: str, shape: str, device: str, smoke: bo
     ]
 
 
+def unmeasured(cases: Iterable[Case], path: Path | None) -> list[Case]:
+    """The cases of which the results in `path` have neither a time of ours nor that it was wrong."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    ours = [each for each in map(json.loads, lines) if each["contender"] == OURS]
+    settled = [each for each in ours if "median_ms" in each or each["status"] == WRONG]
+    known = {(each["op"], each["shape"], each["dtype"], each["mode"]) for each in settled}
+    return [each for each in cases if (each.op, each.shape, str(each.dtype)[len("torch.") :], each.mode) not in known]
+
+
 class InTime:
     """Cases one by one, as long as one more like the longest so far ends within `seconds`; `left` are the others."""
 
@@ -233,8 +245,7 @@ def row(record: Record) -> str:
     head = f"  {record['contender']:<34}"
     if "median_ms" not in record:
         checked = f"error {record['error']:.1e}" if "error" in record else "not compared"
-        reason = str(record.get("reason", checked)).strip().splitlines()[-1]
-        return f"{head} {record['status']}: {reason}"
+        return f"{head} {record['status']}: {in_a_line(record.get('reason', checked))}"
     low, high = record["quartiles_ms"]
     peak = record["peak_bytes"]
     text = f"{head}{record['median_ms']:10.3f} ms [{low:.3f}, {high:.3f}]  x{record['times_ours']:<6.2f}"
@@ -275,6 +286,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     parser.add_argument("--check", action="store_true", help="compare outputs with float64's and time nothing")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, nothing compiled: does everything run?")
     parser.add_argument("--json", type=Path, help="append the results to this file, a line each")
+    parser.add_argument("--unmeasured", action="store_true", help="leave out cases that --json's file has our time of")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     options = parser.parse_args(arguments)
     if cases is None:
@@ -292,6 +304,8 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device")
     device = torch.device(options.device)
+    if options.unmeasured:
+        chosen = unmeasured(chosen, options.json)
     with contextlib.ExitStack() as stack:
         out = None
         if options.json is not None:

@@ -36,6 +36,7 @@ class Stage:
         missing: why it cannot run here; None where it can.
         environment: variables set beside the machine's.
         empty_code: the exit status that means that there was nothing to do.
+        instead: a stage that is run where this one failed or ran out of its time.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stage:
     missing: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     empty_code: int | None = None
+    instead: Stage | None = None
 
 
 def run_stage(stage: Stage, seconds: float, log: Path, path: Sequence[str] = ()) -> dict:
@@ -105,7 +107,9 @@ def run_stages(
     out.mkdir(parents=True, exist_ok=True)
     done: list[dict] = []
     report = {**head, "stages": done}
-    for stage in stages:
+    left_to_do = list(stages)
+    while left_to_do:
+        stage = left_to_do.pop(0)
         record: dict = {"name": stage.name, "command": list(stage.command)}
         done.append(record)
         left = min(stage.seconds, deadline - time.monotonic())
@@ -126,6 +130,7 @@ def run_stages(
         print(f"{record['status']:>8}  {record.get('seconds', 0):6.1f} s  {stage.name}  {record.get('reason', '')}")
         if record["status"] in (FAILED, TIMEOUT):
             print("\n".join("          | " + line for line in record.get("tail", "").splitlines()[-15:]))
+            left_to_do[:0] = [] if stage.instead is None else [stage.instead]
         sys.stdout.flush()
     return report
 

@@ -82,12 +82,45 @@ def test_a_yardstick_is_timed_without_comparison() -> None:
 
 def test_missing_and_failing_baselines_are_recorded_with_the_reason_and_are_no_failure() -> None:
     def fails(x):
-        raise RuntimeError("needs a newer library")
+        raise RuntimeError("needs a newer library\nand says much more")
 
     records = run_toy(square_case(absent=Baseline(None, missing="not installed"), fails=fails))
     assert records["absent"]["status"] == "missing" and records["absent"]["reason"] == "not installed"
-    assert records["fails"]["status"] == "missing" and "needs a newer library" in records["fails"]["reason"]
+    assert records["fails"]["status"] == "missing" and records["fails"]["reason"].endswith("and says much more")
+    assert run.row(records["fails"]).endswith("missing: RuntimeError: needs a newer library")
     assert run.failures(records.values()) == []
+
+
+def test_a_kernel_that_fails_is_its_contenders(monkeypatch) -> None:
+    """On a GPU a call returns before its kernels have run."""
+
+    def fault(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    work = square_case(other=lambda x: (x * x,)).build(CPU)
+    for contender, status in ((work.baselines["other"], "missing"), (Baseline(work.ours), "error")):
+        verdict, _ = run._admit(contender, work, True, torch.device("cuda"))
+        assert verdict["status"] == status and "illegal memory access" in verdict["reason"]
+
+
+def test_a_run_in_place_of_one_that_broke_off_takes_what_that_one_left(tmp_path: Path) -> None:
+    named = [dataclasses.replace(square_case(), shape=each) for each in "abcde"]
+    took, ours = {"median_ms": 1.0}, {"op": "toy.square", "dtype": "float32", "mode": FORWARD, "contender": "ours"}
+    lines = [
+        {**ours, "shape": "a", "status": "ok", **took},
+        {**ours, "shape": "b", "status": "error", "reason": "the device was lost"},
+        {**ours, "shape": "c", "status": "wrong"},
+        {**ours, "shape": "d", "status": "ok", **took, "contender": "other"},
+        {"op": "ceilings", "contender": "torch", "status": "ok"},
+    ]
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert [each.shape for each in run.unmeasured(named, path)] == ["b", "d", "e"]
+    assert run.unmeasured(named, tmp_path / "none.jsonl") == named
+    assert run.main(["--smoke", "--unmeasured", "--json", str(path)], named) == 0
+    written = [json.loads(line) for line in path.read_text().splitlines()[len(lines) :]]
+    assert [each["shape"] for each in written] == ["b", "d", "e"]
 
 
 @pytest.mark.parametrize("call", [2, 6], ids=["first sample", "peak memory"])  # checked, sampled, 3 rounds, memory
@@ -136,7 +169,8 @@ def test_a_broken_case_gives_a_line_and_a_failing_exit(tmp_path: Path, capsys) -
     records = [json.loads(line) for line in (tmp_path / "out" / "r.jsonl").read_text().splitlines()]
     assert [record["status"] for record in records] == ["error", "error", "ok"]
     assert "while building" in records[0]["reason"] and "while running" in records[1]["reason"]
-    assert "while building" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "while building" in told.err and "error: ZeroDivisionError: while building\n" in told.out
 
 
 def test_lines_carry_the_case_the_measurement_and_the_machine() -> None:

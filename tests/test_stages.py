@@ -51,6 +51,25 @@ def test_stages_survive_crashes_hangs_and_each_other(tmp_path: Path) -> None:
     assert "still here" in (tmp_path / "stages.log").read_text()
 
 
+def test_a_stage_that_fails_or_hangs_has_another_run_in_its_place(tmp_path: Path) -> None:
+    plain = stages.Stage("plain", python("print('alone')"), 20)
+    planned = [
+        stages.Stage("well", python(""), 20, instead=stages.Stage("never", python(""), 20)),
+        stages.Stage("bad", python("raise SystemExit(1)"), 20, instead=plain),
+        stages.Stage("slow", python("import time; time.sleep(60)"), 3.5, instead=plain),
+        stages.Stage("last", python(""), 20),
+    ]
+    report = stages.run_stages(planned, tmp_path, time.monotonic() + 60, {})
+    ran = " ".join(f"{each['name']}: {each['status']}." for each in report["stages"])
+    assert ran == "well: ok. bad: failed. plain: ok. slow: timeout. plain: ok. last: ok."
+    assert stages.summary(report)[1] == 1
+
+    plan = gpu.plan({"cuda": True}, tmp_path, dry_run=False)
+    for stage in (each for each in plan if each.name.startswith("bench ") and "--json" in each.command):
+        if stage.name != "bench smallest" and "compiled" not in stage.name:
+            assert stage.instead is not None and stage.instead.command[-3:] == ["--against", run.NOBODY, "--unmeasured"]
+
+
 @pytest.mark.parametrize(
     ("tools", "missing", "status"),
     [
