@@ -222,10 +222,10 @@ def cuda_launches(run: Run) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def host_seconds(run: Run, repeats: int = 10) -> float:
+def host_seconds(run: Run) -> float:
     """Median time until the call returns, the GPU idle at its start and not waited for."""
     took = []
-    for _ in range(repeats):
+    for _ in range(10):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()

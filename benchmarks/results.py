@@ -147,6 +147,12 @@ class Device:
         return max((each["matmul_flops_per_s"][name] for each in self.ceilings), default=math.nan)
 
 
+def in_a_line(reason: str) -> str:
+    """A reason's first line; of a traceback the last one, which says what was raised."""
+    lines = reason.strip().splitlines()
+    return lines[-1 if lines[0].startswith("Traceback") else 0]
+
+
 def is_case(record: Record) -> bool:
     """Whether a line is of a case (see run.py)."""
     return record["op"] not in _NO_CASES

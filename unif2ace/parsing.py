@@ -114,13 +114,13 @@ def array(content: memoryview) -> np.ndarray:
         return np.frombuffer(content, dtype, offset=start, count=math.prod(shape)).reshape(shape)
 
 
-def read_arrays(path: Path, what: str, mend: str = "delete it and run again") -> dict[str, np.ndarray]:
+def read_arrays(path: Path, what: str) -> dict[str, np.ndarray]:
     """The arrays of a .npz file by their names, none of which claims more memory than the file has bytes.
 
     Raises:
         UserError: see `reading`.
     """
-    with reading(path, what, mend), np.load(path, allow_pickle=False) as held:
+    with reading(path, what, "delete it and run again"), np.load(path, allow_pickle=False) as held:
         size = Path(path).stat().st_size
         for each in held.zip.infolist():
             with held.zip.open(each) as member:
