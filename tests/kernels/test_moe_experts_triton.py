@@ -28,6 +28,27 @@ def test_values_and_gradients(triton_interpreter, activation, dtype):
     check(activation, dtype, *mixture(18, activation=activation))
 
 
+def test_sums_over_many_steps_are_rounded_once(triton_interpreter):
+    """Positive numbers, whose sum is far larger than a part of it: rounded to 16 bits at each step it would stay behind."""
+    rows, features = 512, 16
+    offsets = torch.tensor([0, rows])
+    order, by_load = torch.arange(rows), torch.zeros(1, dtype=torch.int32)
+    a, b = (torch.rand(rows, features).half() + 0.5 for _ in range(2))
+    like = torch.empty(1, features, features, dtype=torch.float16)
+    outer = experts_triton._outer(a, b, True, order, offsets, by_load, 1, like, small)
+    assert_rounded_once(outer[0], a.double().t() @ b.double())
+    weight = b[None]
+    product = experts_triton._rows_times_weight(
+        a.t().contiguous(), order[:16], offsets.clamp(max=16), weight, None, small
+    )
+    assert_rounded_once(product, a.double().t() @ b.double())
+
+
+def assert_rounded_once(got, exact):
+    """By half a unit in the last place, and as much again for the float32 sum."""
+    assert got.dtype == torch.float16 and ((got.double() - exact).abs() <= 2**-11 * exact + 2**-18 * exact).all()
+
+
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(triton_interpreter, name):
     problem = mixture(**{"activation": "swiglu", **EDGES[name]})
