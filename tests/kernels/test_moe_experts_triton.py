@@ -29,7 +29,7 @@ def test_values_and_gradients(triton_interpreter, activation, dtype):
 
 
 def test_sums_over_many_steps_are_rounded_once(triton_interpreter):
-    """Positive numbers, whose sum is far larger than a part of it: rounded to 16 bits at each step it would stay behind."""
+    """Positive numbers, whose sum outgrows a step of it: rounded to 16 bits at each step it would stay behind."""
     rows, features = 512, 16
     offsets = torch.tensor([0, rows])
     order, by_load = torch.arange(rows), torch.zeros(1, dtype=torch.int32)
