@@ -11,6 +11,7 @@ from unif2ace_kernels.d3diff import ops
 from unif2ace_kernels.d3diff.head import head_torch
 from unif2ace_kernels.d3diff.noise_torch import noise_torch
 from unif2ace_kernels.d3diff.rows_torch import accumulation_dtype
+from unif2ace_kernels.d3diff.weights_torch import row_weights_torch, statistics_torch
 
 pytestmark = pytest.mark.skipif(
     _library.EXTENSION_MISSING is not None, reason=f"extension not built: {_library.EXTENSION_MISSING}"
@@ -234,11 +235,89 @@ def test_what_memory_safety_hangs_on_is_checked():
     ):
         with pytest.raises(RuntimeError, match=message):
             run_head(NATIVE.d3diff_head, **{"inputs": inputs, "targets": targets, "row_weights": row_weights, **change})
+    valid, share, terms = torch.ones(T, dtype=torch.bool), torch.ones(()).double(), torch.zeros(3, T)
+    for weight, ids, message in (
+        (3, torch.full((T,), 3), r"sample_id: expected values in \[0, 3\), got 3"),
+        (3, torch.full((T,), -1), "sample_id: expected values"),
+        (3, torch.zeros(T - 1).long(), r"sample_id: expected int64 \[T\]"),
+        (T + 1, None, "weight: expected one for each of T / B rows"),
+        (0, None, "weight: expected one for each of T / B rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            NATIVE.d3diff_row_weights(valid, torch.ones(weight).double(), ids, False)
+    for change, message in (
+        ({"hit": valid[1:]}, r"hit: expected bool \[T\]"),
+        ({"ce": terms[0][1:]}, "ce: expected a contiguous vector"),
+        ({"lse": terms[0].double()}, "lse: expected a contiguous vector"),
+        ({"mass": terms[0][1:]}, "mass: expected a contiguous vector"),
+        ({"score": terms[0]}, "score: expected a contiguous vector"),
+    ):
+        weights_none = dict.fromkeys(("score", "penalty_weight", "shift", "mass_weight", "constant"))
+        rows = dict(zip(("ce", "lse", "mass", "hit"), (*terms, valid), strict=True))
+        with pytest.raises(RuntimeError, match=message):
+            NATIVE.d3diff_statistics(
+                **{"valid": valid, "share": share, **weights_none, **rows, "one_of_two": False, **change}
+            )
     logits = torch.randn(2, 4, V)
     with pytest.raises(RuntimeError, match="targets: expected tokens in"):
         d3diff.loss_from_logits(logits, torch.full((2, 4), -1), m, code_range=CODES, check_values=False)
 
 
-@pytest.mark.parametrize("op", ["d3diff_head", "d3diff_logits", "d3diff_logits_backward", "d3diff_head_backward"])
+@pytest.mark.parametrize("token_mean", [True, False])
+def test_row_weights(token_mean):
+    weight, ids = torch.tensor([0.5, torch.inf, 0.0, 3.0]).double(), torch.arange(12) // 3
+    valid = torch.arange(12) % 5 > 1
+    for arguments in (
+        (valid, weight, None),
+        (valid, weight.repeat_interleave(2)[::2], ids.repeat_interleave(2)[::2]),
+        (valid, weight, torch.where(valid, ids.flip(0), 99)),  # what a row without a label has is not read
+        (valid & False, weight, None),
+        (valid, None, None),
+        (valid[:0], weight[:0], None),
+        (valid[:0], weight, ids[:0]),
+    ):
+        of_torch = arguments if arguments[2] is None else (*arguments[:2], torch.where(arguments[0], arguments[2], 0))
+        ours, theirs = NATIVE.d3diff_row_weights(*arguments, token_mean), row_weights_torch(*of_torch, token_mean)
+        assert all(map(torch.equal, ours, theirs))
+        assert [each.dtype for each in ours] == [each.dtype for each in theirs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("one_of_two", [False, True])
+@pytest.mark.parametrize("kind", ["", "ce", "penalty", "unshifted", "mass"])
+def test_statistics(kind, one_of_two, dtype):
+    rng = torch.Generator().manual_seed(0)
+    valid = torch.rand(T, generator=rng) < 0.6
+    number, share, score = row_weights_torch(valid, torch.rand(T, generator=rng, dtype=torch.float64), None, False)
+    ce, lse, mass = 5 * torch.rand(3, T, generator=rng).to(dtype)
+    hit = torch.rand(T, generator=rng) < 0.3
+    if not one_of_two:
+        ce, lse, mass, hit = (torch.where(valid, each, 0) for each in (ce, lse, mass, hit))
+    first = int(valid.nonzero()[0])
+    if kind:  # a row of weight 0 has no part in the score term, whatever its terms are
+        score[first], ce[first], lse[first], mass[first] = 0, torch.inf, torch.inf, torch.inf
+    weights = [
+        score if kind else None,
+        score * 0.3 if kind in ("penalty", "unshifted") else None,
+        torch.full_like(score, -2.5) if kind == "penalty" else None,
+        score * 0.7 if kind == "mass" else None,
+        score.sum() if kind == "mass" else None,
+    ]
+    terms = (ce, lse, mass, hit.bool())
+    ours = NATIVE.d3diff_statistics(valid, share, *weights, *terms, one_of_two)
+    theirs = statistics_torch(valid, share, *weights, *terms, one_of_two)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
+    assert ours[4] == (hit & valid).sum() * share.to(dtype) and (not kind or ours[1].isfinite())
+    torch.library.opcheck(ops.statistics_op, (valid, share, *weights, *terms, one_of_two))
+    torch.library.opcheck(ops.row_weights_op, (valid, torch.rand(T).double(), None, False))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "d3diff_head", "d3diff_logits", "d3diff_logits_backward", "d3diff_head_backward", "d3diff_row_weights",
+        "d3diff_statistics",
+    ],
+)  # fmt: skip
 def test_explain_names_the_compiled_path(op):
     assert _library.explain(op, torch.empty(1)).implementation == "c++"

@@ -21,9 +21,10 @@ from .arguments import (
     may_look,
     objective_of,
 )
-from .objective import Coefficients, Objective, RowWeights, mean_rows, row_weights
-from .ops import head_op, logits_op, noise_op
-from .rows_torch import accumulation_dtype, exponent, penalty
+from .objective import Coefficients, Objective
+from .ops import head_op, logits_op, noise_op, statistics_op
+from .rows_torch import accumulation_dtype
+from .weights import RowWeights, mean_rows, row_weights
 
 # The loss, and ce, lse, mass, hit of each row.
 HeadTerms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -355,31 +356,12 @@ def _no_rows(dtype: torch.dtype, *inputs: torch.Tensor | None) -> HeadTerms:
     # Sums of nothing: 0 also where a weight is infinite.
     nothing = [each[:0].reshape(-1).to(accumulation_dtype(dtype)) for each in inputs if each is not None]
     none = nothing[0].detach()
-    return torch.cat(nothing).sum(), none, none, none, none
+    return torch.cat(nothing).sum(), none, none, none, none.to(torch.bool)
 
 
-def _stats(
-    rows: RowWeights,
-    ce: torch.Tensor,
-    lse: torch.Tensor,
-    mass: torch.Tensor,
-    hit: torch.Tensor,
-    *,
-    one_of_two: bool = False,
-) -> LossStats:
-    """Means and sums over the task's rows; `one_of_two`: other rows have labels too."""
-    share = rows.share.to(ce.dtype)
-    if one_of_two:
-        ce, lse, hit = (torch.where(rows.valid, each, 0) for each in (ce, lse, hit))
-
-    def total(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        # A row of weight 0 is 0 even where its value is infinite; a row without a label has any weight.
-        return torch.where(rows.valid & (weight != 0), weight * value, 0).sum()
-
-    score = torch.zeros_like(share) if rows.score is None else total(rows.score, ce)
-    if rows.penalty is not None:
-        score = score + total(rows.penalty, penalty(exponent(lse, rows.shift)))
-    if rows.mass is not None:
-        score = score + total(rows.mass, mass)
-    constant = torch.zeros_like(share) if rows.constant is None else rows.constant.to(ce.dtype)
-    return LossStats(ce.sum() * share, score.to(ce.dtype), constant, lse.sum() * share, rows.number, hit.sum() * share)
+def _stats(rows: RowWeights, *terms: torch.Tensor, one_of_two: bool = False) -> LossStats:
+    """From ce, lse, mass and hit of all rows; `one_of_two`: rows of another task are among them."""
+    weights = rows._asdict()
+    number = weights.pop("number")
+    ce, score, constant, lse, accuracy = statistics_op(*weights.values(), *terms, one_of_two).unbind()
+    return LossStats(ce, score, constant, lse, number, accuracy)

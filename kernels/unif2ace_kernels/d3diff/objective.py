@@ -1,13 +1,12 @@
-"""The D3Diff objective as data, and what it comes to row by row.
+"""The D3Diff objective as data.
 
 The loss of UniF2ace is ce_coef * (masked cross entropy) + alpha * (score entropy). Each reading of the score entropy
-is, for a masked row, A CE + B (e^u - 1 - u) + C P plus a constant of theta, so one op serves them all: this file
-turns a reading, a schedule and a reduction into the rows' A, B, C.
+is, for a masked row, A CE + B (e^u - 1 - u) + C P plus a constant of theta, so one op serves them all:
+weights.py turns a reading, a schedule and a reduction into the rows' A, B, C.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,92 +94,3 @@ class Coefficients(NamedTuple):
     def at(self, rows: torch.Tensor, dtype: torch.dtype) -> Coefficients:
         """Those of the rows at `rows` [M], in `dtype`."""
         return self.map(lambda each: each.index_select(0, rows).to(dtype))
-
-
-class RowWeights(NamedTuple):
-    """What the rows of one task weigh, as float64 [T], or None where the reading has no such term.
-
-    Only rows with a label count: values elsewhere mean nothing.
-
-    Attributes:
-        valid: bool [T], rows with a label.
-        number: how many, int64; share: 1 / max(number, 1), CE's weight in the mask term. Scalars.
-        score: of CE in the score term (reduction included, alpha not); None: the task has no score term.
-        penalty: of e^u - 1 - u, u = lse + shift; mass: of P. Both in the score term.
-        constant: what the rows add to the score term without theta, a scalar.
-    """
-
-    valid: torch.Tensor
-    number: torch.Tensor
-    share: torch.Tensor
-    score: torch.Tensor | None
-    penalty: torch.Tensor | None
-    shift: torch.Tensor | None
-    mass: torch.Tensor | None
-    constant: torch.Tensor | None
-
-    def combined(self, ce_coef: float, alpha: float) -> Coefficients:
-        """A, B, shift and C of the whole loss."""
-        ce = ce_coef * self.share
-        ce = ce.expand(self.valid.shape) if self.score is None else torch.add(ce, self.score, alpha=alpha)
-        penalty = None if self.penalty is None else alpha * self.penalty
-        mass = None if self.mass is None else alpha * self.mass
-        return Coefficients(ce, penalty, self.shift, mass)
-
-
-def row_weights(
-    objective: Objective,
-    valid: torch.Tensor,
-    mask_prob: torch.Tensor,
-    sample_id: torch.Tensor | None,
-    columns: int,
-) -> RowWeights:
-    """Weights of T rows of which `valid` [T] have a label; C = `columns`.
-
-    mask_prob [B]; sample_id [T], or None where each of the B samples has T / B rows in order.
-    """
-    m = mask_prob.detach().to(torch.float64)  # the backward has no gradient of it
-    samples = max(m.numel(), 1)
-    count, share = _count_and_share(valid)
-
-    def rows(per_sample: torch.Tensor) -> torch.Tensor:
-        if sample_id is not None:
-            return per_sample[sample_id]
-        return per_sample[:, None].expand(-1, valid.numel() // samples).reshape(-1)
-
-    def total(per_sample: torch.Tensor) -> torch.Tensor:
-        return torch.where(valid, rows(per_sample), 0).sum()
-
-    weight = 1 / m if objective.score == "bayes" else schedule(objective.schedule).score_weight(m)
-    if objective.score == "paper" or objective.bayes_sigma:
-        # w is 0 at m = 1 under cosine, sigma' is not.
-        sigma = torch.where(m < 1, schedule(objective.schedule).score_weight(m) * m / (1 - m), torch.inf)
-    if objective.score == "bayes" and objective.bayes_sigma:
-        weight = sigma / m
-    if objective.max_weight is not None:
-        weight = weight.clamp(max=objective.max_weight)
-    reduced = 1 / samples if objective.score_reduction == "sum_per_sample" else share
-
-    score = rows(weight * reduced)
-    penalty = shift = mass = constant = None
-    if objective.score == "paper":
-        # sigma' (1 - r sbar), sbar = -log(1 - m); r sbar -> 0 as m -> 1.
-        r_sbar = -torch.special.xlogy(1 - m, 1 - m) / m
-        constant = total(sigma * (1 - r_sbar) * reduced)
-    elif objective.score == "unnormalized":
-        log_scale = -math.log(columns) if objective.log_scale is None else objective.log_scale
-        penalty, shift = score, torch.full_like(score, log_scale)
-    elif objective.score == "full_vocab":
-        log_scale = 0.0 if objective.log_scale is None else objective.log_scale
-        mass, constant = score * math.exp(log_scale), total(weight * reduced * -(1 + log_scale))
-    return RowWeights(valid, count, share, score, penalty, shift, mass, constant)
-
-
-def mean_rows(valid: torch.Tensor) -> RowWeights:
-    """Weights of T rows of which `valid` [T] have a label: their mean cross entropy alone, no score term."""
-    return RowWeights(valid, *_count_and_share(valid), None, None, None, None, None)
-
-
-def _count_and_share(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    count = valid.sum()
-    return count, count.clamp(min=1).to(torch.float64).reciprocal()

@@ -13,6 +13,7 @@ from .head import HeadOutputs, head_torch
 from .logits import logits_backward_torch, logits_torch
 from .noise_torch import noise_torch
 from .rows_torch import accumulation_dtype
+from .weights_torch import row_weights_torch, statistics_torch
 
 
 def _noise_fake(tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,4 +192,34 @@ logits_backward_op = register(
     ],
     fake=lambda grad_loss, logits, *_: logits.new_empty(logits.shape),
     backward=_no_second_derivative,
+)
+
+
+def _row_weights_fake(
+    valid: torch.Tensor, weight: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    score = valid.new_empty(0 if weight is None else valid.shape, dtype=torch.float64)
+    return valid.new_empty((), dtype=torch.int64), score.new_empty(()), score
+
+
+row_weights_op = register(
+    "d3diff_row_weights(Tensor valid, Tensor? weight, Tensor? sample_id, bool token_mean)"
+    " -> (Tensor number, Tensor share, Tensor score)",
+    implementations=[
+        compiled("d3diff_row_weights", "cpu"),
+        Implementation("torch", ("cpu", "cuda"), row_weights_torch),
+    ],
+    fake=_row_weights_fake,
+)
+
+
+statistics_op = register(
+    "d3diff_statistics(Tensor valid, Tensor share, Tensor? score, Tensor? penalty_weight, Tensor? shift,"
+    " Tensor? mass_weight, Tensor? constant, Tensor ce, Tensor lse, Tensor mass, Tensor hit, bool one_of_two)"
+    " -> Tensor",
+    implementations=[
+        compiled("d3diff_statistics", "cpu"),
+        Implementation("torch", ("cpu", "cuda"), statistics_torch),
+    ],
+    fake=lambda *arguments: arguments[7].new_empty(5),
 )
