@@ -190,18 +190,19 @@ def test_gpu_check_fails_where_any_share_fails(tmp_path: Path) -> None:
 def test_gpu_digest_has_a_line_for_each_case() -> None:
     base = {"shape": "s", "dtype": "bfloat16", "mode": "forward", "status": "ok", "compared": True}
     took = {"median_ms": 2.0, "share_of_floor": 0.5, "times_ours": 1.0}
+    trace = "Traceback (most recent call last):\n  a line\nMemoryError: out of memory\n"
     lines = [
         {**base, **took, "op": "moe.layer", "contender": "ours"},
         {**base, **took, "op": "moe.layer", "contender": "slow", "times_ours": 3.0},
         {**base, **took, "op": "moe.layer", "contender": "fast", "times_ours": 0.875},
         {**base, **took, "op": "moe.layer", "contender": "dense", "times_ours": 0.5, "compared": False},
         {**base, **took, "op": "moe.mix", "contender": "ours", "axis": "T"},
-        {**base, "op": "random", "contender": "ours", "status": "error", "reason": "a\nout of memory\n"},
+        {**base, "op": "random", "contender": "ours", "status": "error", "reason": trace},
         {"op": "ceilings"},
     ]
     assert gpu.digest([json.dumps(line) for line in lines]) == [
         "moe.layer s bfloat16 forward: 2.000 ms, 50 % of the floor's rate, fast x0.88",
-        "random s bfloat16 forward: error, out of memory",
+        "random s bfloat16 forward: error, MemoryError: out of memory",
     ]
 
 
