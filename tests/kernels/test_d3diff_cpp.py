@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from unif2ace_kernels import _library, d3diff
+from unif2ace_kernels._dtypes import accumulation_dtype
 from unif2ace_kernels.d3diff import logits as logits_module
 from unif2ace_kernels.d3diff import ops
 from unif2ace_kernels.d3diff.head import head_torch
 from unif2ace_kernels.d3diff.noise_torch import noise_torch
-from unif2ace_kernels.d3diff.rows_torch import accumulation_dtype
 from unif2ace_kernels.d3diff.weights_torch import row_weights_torch, statistics_torch
 
 pytestmark = pytest.mark.skipif(

@@ -15,8 +15,7 @@ The chunks are launched for as many rows as there might be, and end at once wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._triton import float32_precision
 from . import configs
-from .head import HeadOutputs
+from .head import HeadLoss, HeadOutputs
 from .objective import Coefficients
 from .products_triton import LINE, hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
 from .rows_torch import code_columns
@@ -38,42 +37,25 @@ from .rows_triton import (
 )
 
 
-def head_triton(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    group: torch.Tensor | None,
-    ce_weight: torch.Tensor,
-    penalty_weight: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    mass_weight: torch.Tensor | None,
-    starts: Sequence[int],
-    ends: Sequence[int],
-    codes: Sequence[int],
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
-) -> HeadOutputs:
-    """Triton implementation of `unif2ace::d3diff_head`; see ops.py for the arguments."""
-    total, columns = hidden.shape[0], max(ends) - min(starts)
+def head_triton(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *arguments: Any) -> HeadOutputs:
+    """Triton implementation of `unif2ace::d3diff_head`."""
+    asked = HeadLoss(*arguments)
+    total, spans = hidden.shape[0], list(zip(asked.starts, asked.ends, strict=True))
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    weights = Coefficients(ce_weight, penalty_weight, shift, mass_weight).map(torch.Tensor.contiguous)
-    sizes = [configs.chunk_rows(total, end - start, compute_dtype) for start, end in zip(starts, ends, strict=True)]
+    weights = asked.weights.map(torch.Tensor.contiguous)
+    sizes = [configs.chunk_rows(total, end - start, asked.compute_dtype) for start, end in spans]
     with torch.cuda.device_of(hidden):
-        rows = _Rows.of(targets, group, len(starts), ignore_index)
+        rows = _Rows.of(asked.targets, asked.group, len(spans), asked.ignore_index)
         terms = rows.fill()
         several = sum(triton.cdiv(total, size) for size in sizes) != 1
-        gradients = _Gradients.empty(hidden, weight, columns, several, grad_hidden, grad_weight, grad_bias)
+        gradients = _Gradients.empty(hidden, weight, asked.columns, several, *asked.gradients)
         if gradients.hidden is not None:
             rows.clear_others(gradients.hidden)
-        for index, (start, end, size) in enumerate(zip(starts, ends, sizes, strict=True)):
-            chunk = _Chunk.empty(size, weight[start:end].to(compute_dtype))
-            part = gradients.columns(start - min(starts), end - min(starts))
+        for index, ((start, end), size) in enumerate(zip(spans, sizes, strict=True)):
+            chunk = _Chunk.empty(size, weight[start:end].to(asked.compute_dtype))
+            part = gradients.columns(start - asked.first, end - asked.first)
             b = None if bias is None else bias[start:end].contiguous()
-            local_codes = code_columns(codes, start, mass_weight)
+            local_codes = code_columns(asked.codes, start, asked.mass_weight)
             for at in range(0, total, size):
                 source = _Source(rows.listed[index], rows.counts[index:], at, size)
                 chunk.make_logits(source, hidden, b, rows.targets, start)

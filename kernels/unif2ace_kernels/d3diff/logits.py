@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .._dtypes import accumulation_dtype
 from .objective import Coefficients
-from .rows_torch import RowTerms, accumulation_dtype, code_columns, logit_gradient_, row_losses, row_terms_
+from .rows_torch import RowTerms, code_columns, logit_gradient_, row_losses, row_terms_
 
 
 def logits_torch(

@@ -9,6 +9,7 @@ import torch
 
 from .._autocast import autocast_dtype
 from .._checks import expect, expect_int, expect_pair, expect_tensor
+from .._dtypes import accumulation_dtype
 from .arguments import (
     FLOATS,
     check_head,
@@ -23,7 +24,6 @@ from .arguments import (
 )
 from .objective import Coefficients, Objective
 from .ops import head_op, logits_op, noise_op, statistics_op
-from .rows_torch import accumulation_dtype
 from .weights import RowWeights, mean_rows, row_weights
 
 # The loss, and ce, lse, mass, hit of each row.

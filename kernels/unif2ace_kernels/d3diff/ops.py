@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 import torch
 
+from .._dtypes import accumulation_dtype
 from .._library import Implementation, compiled, register
 from .._triton import triton_implementation
-from .head import HeadOutputs, head_torch
+from .head import HeadLoss, HeadOutputs, head_torch
 from .logits import logits_backward_torch, logits_torch
 from .noise_torch import noise_torch
-from .rows_torch import accumulation_dtype
 from .weights_torch import row_weights_torch, statistics_torch
 
 
@@ -34,45 +34,40 @@ noise_op = register(
 )
 
 
-def _head_fake(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-    group: torch.Tensor | None, *more: Any,
-) -> HeadOutputs:  # fmt: skip
-    *_, starts, ends, _codes, _ignore_index, compute_dtype, grad_hidden, grad_weight, grad_bias = more
-    dtype = accumulation_dtype(compute_dtype)
+def _head_fake(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *arguments: Any) -> HeadOutputs:
+    asked = HeadLoss(*arguments)
+    dtype, columns = asked.dtype, asked.columns
     ce, lse, mass = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
     rows, features = hidden.shape
-    columns = max(ends) - min(starts)
     return HeadOutputs(
         hidden.new_empty((), dtype=dtype),
         ce,
         lse,
         mass,
         hidden.new_empty(rows, dtype=torch.bool),
-        hidden.new_empty(hidden.shape) if grad_hidden else hidden.new_empty(0),
-        weight.new_empty((columns, features) if grad_weight else 0),
-        hidden.new_empty(columns if grad_bias else 0, dtype=dtype if bias is None else bias.dtype),
+        hidden.new_empty(hidden.shape) if asked.grad_hidden else hidden.new_empty(0),
+        weight.new_empty((columns, features) if asked.grad_weight else 0),
+        hidden.new_empty(columns if asked.grad_bias else 0, dtype=dtype if bias is None else bias.dtype),
     )
 
 
 def _head_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    weight, starts = inputs[1], inputs[9]
+    asked = HeadLoss(*inputs[3:])
     # Without this, backward would be handed zeros for every output: as much memory and traffic as the gradients.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:5])
     ctx.save_for_backward(*output[-3:])
-    ctx.vocabulary, ctx.first = weight.shape[0], min(starts)
-    ctx.asked = inputs[-3:]
+    ctx.vocabulary, ctx.first, ctx.asked = inputs[1].shape[0], asked.first, asked.gradients
 
 
 def _head_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    asked = ctx.asked
+    asked, nothing = ctx.asked, (None,) * len(HeadLoss._fields)
     if grad_loss is None:
-        return (None,) * 17
+        return None, None, None, *nothing
     if any(needed and not ask for needed, ask in zip(ctx.needs_input_grad[:3], asked, strict=True)):
         raise RuntimeError("unif2ace::d3diff_head was called without the gradients that backward now needs")
     gradients = head_backward_op(grad_loss, *ctx.saved_tensors, ctx.vocabulary, ctx.first)
-    return *(gradient if ask else None for gradient, ask in zip(gradients, asked, strict=True)), *(None,) * 14
+    return *(gradient if ask else None for gradient, ask in zip(gradients, asked, strict=True)), *nothing
 
 
 head_op = register(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._dtypes import accumulation_dtype
 from .objective import Coefficients
 
 # e^u goes on as its tangent beyond this, in value and gradient alike, so that float32 neither overflows nor lies.
@@ -27,11 +28,6 @@ class RowTerms(NamedTuple):
     lse: torch.Tensor
     mass: torch.Tensor
     hit: torch.Tensor
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_terms_(z: torch.Tensor, target: torch.Tensor, codes: tuple[int, int]) -> RowTerms:
@@ -96,10 +92,7 @@ def rows_torch(
     bias: torch.Tensor | None,
     rows: torch.Tensor,
     targets: torch.Tensor,
-    ce_weight: torch.Tensor,
-    penalty_weight: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    mass_weight: torch.Tensor | None,
+    weights: Coefficients,
     ce: torch.Tensor,
     lse: torch.Tensor,
     mass: torch.Tensor,
@@ -118,8 +111,8 @@ def rows_torch(
     wide = z if z.dtype == dtype else z.to(dtype)
     if bias is not None:
         wide.add_(bias)
-    target, local_codes = targets.index_select(0, rows) - start, code_columns(codes, start, mass_weight)
-    row = Coefficients(ce_weight, penalty_weight, shift, mass_weight).at(rows, dtype)
+    target, local_codes = targets.index_select(0, rows) - start, code_columns(codes, start, weights.mass)
+    row = weights.at(rows, dtype)
     terms = row_terms_(wide, target, local_codes)
     for out, value in zip((ce, lse, mass, hit), terms[1:], strict=True):
         out.index_copy_(0, rows, value)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._dtypes import accumulation_dtype
 from .._ops import ops
 from .._philox import REMASK_STREAM, TOKEN_STREAM, gumbel, random_words, words_at
 from .arguments import Draw
@@ -26,11 +27,6 @@ def _tile_rows(device: torch.device) -> int:
     and little is padded.
     """
     return 4096 if device.type == "cuda" else 128
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores and confidences: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def guide(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
@@ -79,7 +75,7 @@ def draw(
 
     A row whose largest guided logit is not finite has no distribution: code -1, confidence -inf.
     """
-    dtype = compute_dtype(cond.dtype)
+    dtype = accumulation_dtype(cond.dtype)
     logits = guide(cond.to(dtype), None if uncond is None else uncond.to(dtype), guidance)
     peak = logits.amax(-1, keepdim=True)
     shifted = logits - peak
@@ -133,7 +129,7 @@ def sample_hidden(
 ) -> tuple[Tensor, Tensor]:
     """The op `sample_hidden`; see ops.py, and `Draw` for the other arguments."""
     asked = Draw(*arguments)
-    other, guidance, dtype = asked.guided_by(h_uncond), asked.guidance, compute_dtype(weight.dtype)
+    other, guidance, dtype = asked.guided_by(h_uncond), asked.guidance, accumulation_dtype(weight.dtype)
     weight = weight[asked.window]
     bias = None if bias is None else bias[asked.window].to(weight.dtype)
     tile_rows = _tile_rows(weight.device)

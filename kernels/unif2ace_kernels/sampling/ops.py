@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._checks import expect, expect_choice, expect_int, expect_pair, expect_tensor
+from .._dtypes import accumulation_dtype
 from .._library import KERNEL_DTYPES, Implementation, compiled, register
 from .._triton import triton_implementation
 from . import draw_torch
@@ -29,17 +30,17 @@ _DRAW = (  # `Draw`
 
 
 def _fake_sample_logits(cond: Tensor, uncond: Tensor | None, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(ids), torch.empty_like(ids, dtype=draw_torch.compute_dtype(cond.dtype))
+    return torch.empty_like(ids), torch.empty_like(ids, dtype=accumulation_dtype(cond.dtype))
 
 
 def _fake_sample_hidden(
     h_cond: Tensor, h_uncond: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(ids), torch.empty_like(ids, dtype=draw_torch.compute_dtype(weight.dtype))
+    return torch.empty_like(ids), torch.empty_like(ids, dtype=accumulation_dtype(weight.dtype))
 
 
 def _fake_draw(cond: Tensor, uncond: Tensor | None, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows), cond.new_empty(rows.shape, dtype=draw_torch.compute_dtype(cond.dtype))
+    return torch.empty_like(rows), cond.new_empty(rows.shape, dtype=accumulation_dtype(cond.dtype))
 
 
 # The inner op of the two samplers: a tile of rows, their code columns only.
