@@ -1,4 +1,4 @@
-"""README.md says what the committed results say, and its file tree is the repository's."""
+"""README.md says what the committed results say, its tree is the repository's, and the links of all pages lead somewhere."""
 
 from __future__ import annotations
 
@@ -49,6 +49,25 @@ def test_time_table_is_the_committed_result():
 
 def test_pages_and_pictures_state_the_committed_results():
     assert report.stale(devices()) == [], "make report"
+
+
+def _anchors(page: Path) -> set[str]:
+    """What a heading is called behind a #: its letters, digits and hyphens, a hyphen for each space."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    pages += [page for room in ("benchmarks", "docs", "kernels", "unif2ace") for page in (ROOT / room).rglob("*.md")]
+    lost = []
+    for page in pages:
+        for link in re.findall(r"\]\((?!http)([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in _anchors(target)):
+                lost.append(f"{page.relative_to(ROOT)}: {link}")
+    assert lost == []
 
 
 def test_file_tree_has_every_file_once():
