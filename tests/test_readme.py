@@ -1,4 +1,4 @@
-"""README.md says what the committed results say, its tree is the repository's, and the links of all pages lead somewhere."""
+"""README.md states the committed results, its tree is the repository's, and the links of all pages lead somewhere."""
 
 from __future__ import annotations
 
