@@ -128,6 +128,28 @@ def test_sums_over_chunks_keep_what_16_bits_lose(small_tiles):
     assert (into.weight == 1 + 2 * 2.0**-10).all() and (into.carry == 2.0**-12).all()
 
 
+def test_sums_over_many_steps_are_rounded_once(small_tiles):
+    """Positive numbers, whose sum outgrows a step of it: rounded to 16 bits at each step it would stay behind."""
+
+    def positive(*shape):
+        return torch.rand(shape).half() + 0.5
+
+    rows, count = torch.arange(128, dtype=torch.int32), torch.tensor([128], dtype=torch.int32)
+    w, hidden = positive(16, 128), positive(128, 128)
+    chunk = head_triton._Chunk.empty(16, w)
+    chunk.make_logits(head_triton._Source(rows, count, 0, 16), hidden, None, torch.arange(128), 0)
+    exact = (hidden[:16].double() * w.double()).sum(1)
+    assert ((chunk.at_target - exact).abs() <= 2.0**-18 * exact).all()  # float32, of all steps
+
+    w, x, g = positive(128, 16), positive(128, 16), positive(128, 128)
+    chunk = head_triton._Chunk.empty(128, w)
+    chunk.x.copy_(x), chunk.z.copy_(g)
+    into = head_triton._Gradients.empty(x, w, 128, False, True, True, False)
+    chunk.add_gradients(head_triton._Source(rows, count, 0, 128), into)
+    for got, exact in ((into.hidden, g.double() @ w.double()), (into.weight, g.double().t() @ x.double())):
+        assert ((got - exact).abs() <= (2.0**-11 + 2.0**-18) * exact).all()
+
+
 def test_runs_repeat_to_the_bit_whatever_the_chunks(small_tiles, monkeypatch):
     arguments = rows_of_two_groups()
     first, second = (head_triton.head_triton(*arguments, torch.float32, True, True, True) for _ in range(2))

@@ -117,7 +117,7 @@ def test_the_race_bound_is_one(triton_interpreter):
 
 
 @pytest.mark.parametrize(
-    ("rows", "hidden", "codes", "dtype"), [(5, 16, 1, "float32"), (70, 37, 130, "float32"), (40, 64, 300, "float16")]
+    ("rows", "hidden", "codes", "dtype"), [(5, 16, 1, "float32"), (70, 37, 130, "float32"), (40, 192, 300, "float16")]
 )
 @pytest.mark.parametrize(("temperature", "guidance"), [(1.0, 1.25), (0.0, 0.0), (0.4, 3.0)])
 def test_the_head_draws_what_float64_draws(triton_interpreter, rows, hidden, codes, dtype, temperature, guidance):
