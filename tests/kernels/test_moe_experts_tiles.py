@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from experts_cases import cast, in_triton, mixture  # noqa: E402
 
 from unif2ace_kernels.moe import experts_triton, reference, up_triton  # noqa: E402
 from unif2ace_kernels.moe.activation_torch import ACTIVATIONS, GATED  # noqa: E402
@@ -116,6 +117,38 @@ def last_programs(triton_interpreter, monkeypatch):
         return launch
 
     return launcher
+
+
+def test_experts_beyond_32_bits(triton_interpreter, tmp_path):
+    """An expert whose matrix begins past 2**31 elements, in files with holes."""
+    x, routing, (w_in, _, w_out, _), grad_y = cast(
+        torch.float16, *mixture(6, sizes=(3,), top_k=2, shared=0, bias=False)
+    )
+    stride = 2**30 + 64
+
+    def far(name, weight):
+        (tmp_path / name).touch()
+        memory = torch.from_file(str(tmp_path / name), shared=True, size=3 * stride, dtype=weight.dtype)
+        return memory.as_strided(weight.shape, (stride, *weight.stride()[1:])).copy_(weight)
+
+    near = in_triton("relu", x, routing, (w_in, None, w_out, None), grad_y)
+    distant = in_triton("relu", x, routing, (far("w_in", w_in), None, far("w_out", w_out), None), grad_y)
+    assert routing.counts[2] > 0
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(near, distant, strict=True))
+
+
+def test_gradients_of_experts_beyond_32_bits(last_programs, tmp_path):
+    (tmp_path / "out").touch()
+    m = n = 2**15
+    out = torch.from_file(str(tmp_path / "out"), shared=True, size=3 * m * n, dtype=torch.float16).view(3, m, n)
+    a, b = (torch.randn(4, size).half() for size in (m, n))
+    order, offsets, experts = torch.arange(4), torch.tensor([0, 0, 0, 4]), torch.tensor([0, 1, 2], dtype=torch.int32)
+    launch = Launch(16, 16, 16, 1, 1, 2)
+    last_programs(outer_kernel, 3 * (m // 16) * (n // 16), 1)(
+        a, b, order, offsets, experts, out, True, 1, m, n, "ieee", **launch._asdict()
+    )
+    exact = a[:, -16:].float().t() @ b[:, -16:].float()
+    torch.testing.assert_close(out[2, -16:, -16:].float(), exact, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -43,6 +43,13 @@ def test_values_and_gradients(triton_interpreter, injected, dtype):
     assert_as_good(in_triton(*inputs), inputs)
 
 
+def test_many_terms_are_rounded_once(triton_interpreter):
+    """Positive ones, whose sum outgrows each: rounded to 16 bits after each it would stay behind."""
+    x, coef, injected, _ = (each.abs() + 0.5 for each in make(torch.float16, injected=40))
+    exact = reference.mix(x.double(), coef.double(), injected.double())
+    assert ((mix_triton.forward(x, coef, injected) - exact).abs() <= (2.0**-11 + 2.0**-18) * exact).all()
+
+
 @pytest.mark.parametrize("block", [16, 64])
 def test_many_blocks(triton_interpreter, monkeypatch, block):
     monkeypatch.setattr(mix_triton, "BLOCK", block)
