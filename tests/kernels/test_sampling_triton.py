@@ -70,6 +70,13 @@ def test_the_draw_over_8192_codes(triton_interpreter):
     assert_same_draw(draw_triton.sample_logits(*arguments), draw_torch.sample_logits(*arguments))
 
 
+def test_a_winner_whose_bound_is_rounded_below_another_s_is_drawn(triton_interpreter):
+    """Row 1785 is the first of these words where, of 8192 equal logits, the leading key is not the winner's."""
+    row, ids = torch.tensor([1785]), torch.tensor([-1])
+    arguments = (torch.zeros(1, 8192), None, ids, ids == -1, row, *words(), 0, 8192, 0.0, 1.0, 0, 1.0, "log_prob", True)
+    assert_same_draw(draw_triton.sample_logits(*arguments), draw_torch.sample_logits(*arguments))
+
+
 def test_a_part_of_a_batch_is_drawn_alike(triton_interpreter):
     cond, uncond, ids, unknown, rows = logits(130)
     options = (*words(), FIRST, 130, 1.5, 1.0, 0, 0.9, "neg_entropy", False)
@@ -117,7 +124,8 @@ def test_the_race_bound_is_one(triton_interpreter):
 
 
 @pytest.mark.parametrize(
-    ("rows", "hidden", "codes", "dtype"), [(5, 16, 1, "float32"), (70, 37, 130, "float32"), (40, 192, 300, "float16")]
+    ("rows", "hidden", "codes", "dtype"),
+    [(5, 16, 1, "float32"), (70, 37, 130, "float32"), (40, 192, 300, "float16"), (64, 16, 20, "float32")],
 )
 @pytest.mark.parametrize(("temperature", "guidance"), [(1.0, 1.25), (0.0, 0.0), (0.4, 3.0)])
 def test_the_head_draws_what_float64_draws(triton_interpreter, rows, hidden, codes, dtype, temperature, guidance):
@@ -178,6 +186,14 @@ def test_a_row_of_the_head_without_a_distribution_keeps_its_id(triton_interprete
     empty = [each[:0] for each in (h[0], ids, ids == -1, row)]
     out = head_triton.sample_hidden(empty[0], None, weight, bias, *empty[1:], *options)
     assert out[0].shape == out[1].shape == (0,)
+
+
+def test_the_margin_of_two_peaks_is_0(triton_interpreter):
+    h, weight, _, ids, row = head(6, 16, 40)
+    weight[FIRST + 1 : FIRST + 41] = weight[FIRST]
+    options = (*words(), FIRST, 40, 0.0, 1.0, 0, 1.0, "margin", True)
+    _, confidence = head_triton.sample_hidden(h[0], None, weight, None, ids, ids == -1, row, *options)
+    assert (ids == -1).any() and (confidence[ids == -1] == 0).all()
 
 
 # ---- re-mask
