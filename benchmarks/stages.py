@@ -103,7 +103,11 @@ def keep_whole_lines(path: Path) -> None:
 def run_stages(
     stages: Sequence[Stage], out: Path, deadline: float, head: Mapping, path: Sequence[str] = (), name: str = "gpu.json"
 ) -> dict:
-    """Run `stages` until `deadline` (monotonic seconds), rewriting the report `name` in `out` before and after each."""
+    """Run `stages` until `deadline` (monotonic seconds), rewriting the report `name` in `out` before and after each.
+
+    SIGTERM ends the stage that runs, whose processes would go on by themselves, and then this one with status 143.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out.mkdir(parents=True, exist_ok=True)
     done: list[dict] = []
     report = {**head, "stages": done}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -49,6 +50,26 @@ def test_stages_survive_crashes_hangs_and_each_other(tmp_path: Path) -> None:
     assert by_name["missing"]["reason"] == "no CUDA device" and by_name["late"]["reason"] == "no time left"
     assert (tmp_path / "benches.jsonl").read_text() == '{"a": 1}\n'
     assert "still here" in (tmp_path / "stages.log").read_text()
+
+
+def test_sigterm_ends_the_stage_that_runs(tmp_path: Path) -> None:
+    stage = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    runner = (
+        "import pathlib, sys, time; from benchmarks.stages import Stage, run_stages\n"
+        f"stage = Stage('stage', [sys.executable, '-c', {stage!r}], 60)\n"
+        "run_stages([stage, stage], pathlib.Path(sys.argv[1]), time.monotonic() + 60, {})"
+    )
+    process = subprocess.Popen([*python(runner), str(tmp_path)], cwd=stages.ROOT)
+    log, pid = tmp_path / "stages.log", ""
+    while not pid.isdigit():
+        assert process.poll() is None
+        time.sleep(0.05)
+        pid = log.read_text().splitlines()[-1] if log.exists() and log.read_text().endswith("\n") else ""
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+    assert [each["status"] for each in json.loads((tmp_path / "gpu.json").read_text())["stages"]] == ["running"]
 
 
 def test_a_stage_that_fails_or_hangs_has_another_run_in_its_place(tmp_path: Path) -> None:
