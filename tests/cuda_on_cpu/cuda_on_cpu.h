@@ -2,7 +2,8 @@
 //
 // Every block runs to its end before the next begins. Every CUDA thread is a fiber (ucontext), and fibers change over
 // only where threads wait for each other: barriers and warp collectives. Which fiber goes next, and which block, comes
-// from a seed: 0 is in order, any other shuffles. The .cu file is compiled unchanged by g++ under the address and
+// from a seed: 0 is in order, odd ones shuffle, other even ones let a warp run as far ahead of the next as barriers let
+// it, in an order that is another in every block. The .cu file is compiled unchanged by g++ under the address and
 // undefined-behaviour sanitizers; kernels are launched by UNIF2ACE_LAUNCH, dynamic shared memory is named by
 // UNIF2ACE_DYNAMIC_SHARED (csrc/common/launch.cuh).
 //
@@ -158,6 +159,9 @@ class Block {
 
   void run_block() {
     ready_.clear();
+    turn_.resize((count_ + 31) / 32);
+    for (unsigned i = 0; i < turn_.size(); ++i) turn_[i] = i;
+    if (seed) std::shuffle(turn_.begin(), turn_.end(), random_);
     for (unsigned i = 0; i < count_; ++i) {
       Thread& thread = *threads_[i];
       thread.number = i;
@@ -174,7 +178,7 @@ class Block {
     unsigned exited = 0;
     size_t head = 0;
     while (head < ready_.size()) {
-      if (seed) std::swap(ready_[head], ready_[head + random_() % (ready_.size() - head)]);
+      if (seed) std::swap(ready_[head], ready_[next_of(head)]);
       current_ = threads_[ready_[head++]].get();
       if (head > 4096) ready_.erase(ready_.begin(), ready_.begin() + static_cast<long>(head)), head = 0;
       threadIdx = current_->index;
@@ -183,6 +187,18 @@ class Block {
       exited += current_->state == State::exited;
     }
     if (exited != count_) throw std::runtime_error(deadlock_report());
+  }
+
+  // Of the threads that are ready, from `head` on: any; or any of the warp whose turn is first.
+  size_t next_of(size_t head) {
+    const size_t count = ready_.size() - head, from = random_() % count;
+    size_t next = head + from;
+    if (seed % 2) return next;
+    for (size_t i = 1; i < count; ++i) {
+      const size_t other = head + (from + i) % count;
+      if (turn_[ready_[other] / 32] < turn_[ready_[next] / 32]) next = other;
+    }
+    return next;
   }
 
   // The sanitizer has to be told of every change of stack.
@@ -295,7 +311,7 @@ class Block {
   }
 
   std::vector<std::unique_ptr<Thread>> threads_;
-  std::vector<unsigned> ready_;
+  std::vector<unsigned> ready_, turn_;
   std::unique_ptr<unsigned char[], AlignedDelete> shared_;
   std::mt19937 random_;
   const std::function<void()>* kernel_ = nullptr;

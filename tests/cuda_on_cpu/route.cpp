@@ -57,6 +57,23 @@ py::tuple forward(py::tuple logits_given, py::tuple ids_given, py::tuple bias_gi
                         frequency.numpy(), probability.numpy(), balance.numpy(), z.numpy());
 }
 
+// block_counts [A, blocks] as running sums, counts [A] and sums [E + 1] of block_sums [E + 1, blocks].
+py::tuple scan(DeviceArray<int>::Numpy counts_given, DeviceArray<float>::Numpy sums_given) {
+  DeviceArray<int> block_counts(counts_given);
+  DeviceArray<float> block_sums(sums_given);
+  const auto experts = static_cast<int>(counts_given.shape(0)), rows = static_cast<int>(sums_given.shape(0));
+  auto counts = DeviceArray<int64_t>::empty({experts});
+  auto sums = DeviceArray<float>::empty({rows});
+  unif2ace::RouteForward a{};
+  a.block_counts = block_counts.data();
+  a.block_sums = block_sums.data();
+  a.counts = counts.data();
+  a.sums = sums.data();
+  UNIF2ACE_LAUNCH(unif2ace::scan_kernel, std::max(experts, rows), unif2ace::kScanThreads, 0, nullptr, a, rows - 1,
+                  experts, counts_given.shape(1));
+  return py::make_tuple(block_counts.numpy(), counts.numpy(), sums.numpy());
+}
+
 // The gradient's bytes. Scalars are arrays of one number, absent gradients empty arrays.
 Bytes backward(py::tuple weight_given, py::tuple probability_given, DeviceArray<float>::Numpy balance_given,
                DeviceArray<float>::Numpy z_given, py::tuple logits_given, py::tuple ids_given,
@@ -82,4 +99,5 @@ PYBIND11_MODULE(CUDA_ON_CPU_MODULE, m) {
   cuda_on_cpu::define(m);
   m.def("forward", forward);
   m.def("backward", backward);
+  m.def("scan", scan);
 }

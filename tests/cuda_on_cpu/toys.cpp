@@ -19,6 +19,21 @@ __global__ void block_sum(const int* x, int* out) {
   if (kBarrier) __syncthreads();
 }
 
+// out[turn] = sum of x[turn * blockDim.x ...], over the same shared memory at every turn. Without the barrier a warp may
+// write its part of the next sum while another still reads this one.
+template <bool kBarrier>
+__global__ void sums_in_turns(const int* x, int* out, int turns) {
+  __shared__ int partial[4];
+  for (int turn = 0; turn < turns; ++turn) {
+    int value = x[turn * blockDim.x + threadIdx.x];
+    for (int delta = 16; delta > 0; delta /= 2) value += __shfl_down_sync(kFull, value, delta);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) out[turn * 4 + threadIdx.x / 32] = partial[0] + partial[1] + partial[2] + partial[3];
+    if (kBarrier) __syncthreads();
+  }
+}
+
 __global__ void histogram(const int* x, unsigned* bins, int n, int n_bins) {
   UNIF2ACE_DYNAMIC_SHARED(unsigned, local);
   for (int i = threadIdx.x; i < n_bins; i += blockDim.x) local[i] = 0;
@@ -122,6 +137,15 @@ PYBIND11_MODULE(CUDA_ON_CPU_MODULE, m) {
       UNIF2ACE_LAUNCH((block_sum<true>), blocks, 128, 0, nullptr, device.data(), out.data());
     else
       UNIF2ACE_LAUNCH((block_sum<false>), blocks, 128, 0, nullptr, device.data(), out.data());
+    return out.numpy();
+  });
+  m.def("sums_in_turns", [](Ints::Numpy x, bool barrier) {
+    const int turns = static_cast<int>(x.size() / 128);
+    Ints device(x), out = Ints::empty({turns, 4});
+    if (barrier)
+      UNIF2ACE_LAUNCH((sums_in_turns<true>), 1, 128, 0, nullptr, device.data(), out.data(), turns);
+    else
+      UNIF2ACE_LAUNCH((sums_in_turns<false>), 1, 128, 0, nullptr, device.data(), out.data(), turns);
     return out.numpy();
   });
   m.def("histogram", [](Ints::Numpy x, int bins) {

@@ -35,7 +35,8 @@ def execute(source: str, function: str, *arguments: object, seeds: tuple[int, ..
     Args:
         source: file that defines a pybind11 module named CUDA_ON_CPU_MODULE (see cuda_on_cpu_python.h).
         function, arguments: what to call; arguments and result are pickled (numpy arrays, numbers).
-        seeds: the orders of threads and blocks to run; 0 is in order, others are shuffled.
+        seeds: the orders of threads and blocks to run; 0 is in order, odd ones are shuffled, in other even ones warps
+            run ahead of each other.
 
     Raises:
         KernelFault: a sanitizer's report, a deadlock, a wrong mask, or results that differ between seeds.

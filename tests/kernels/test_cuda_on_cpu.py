@@ -54,6 +54,15 @@ def test_missing_barrier_hangs_on_the_order():
         execute("toys.cpp", "block_sum", x, False, seeds=(0, 1, 2, 3))
 
 
+def test_missing_barrier_before_memory_is_used_again_shows_when_a_warp_runs_ahead():
+    x = RANDOM.integers(1, 1000, 5 * 128).astype(np.int32)
+    sums = np.repeat(x.reshape(5, 128).sum(1, dtype=np.int32)[:, None], 4, 1)
+    assert_bits_equal(execute("toys.cpp", "sums_in_turns", x, True, seeds=(0, 1, 2, 4)), sums)
+    for seed in (2, 4, 6):
+        with pytest.raises(KernelFault, match="a race"):
+            execute("toys.cpp", "sums_in_turns", x, False, seeds=(0, seed))
+
+
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [

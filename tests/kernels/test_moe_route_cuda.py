@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import execute
@@ -16,7 +17,7 @@ from unif2ace_kernels.moe import route_torch
 NUMBERS = (
     torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 )  # fmt: skip
-SEEDS = (0, 1)
+SEEDS = (1, 2)  # threads in any order, and warps that run ahead
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,6 +93,18 @@ def test_on_fibers_many_columns():
     for size in (200, 300):
         case = RouteCase("wide", tokens=3, sizes=(size, 3), top_k=3, mix=(1, 0))
         check(case, *_on_fibers(seeds=(1,)))
+
+
+@pytest.mark.parametrize("blocks", [1, 256, 600])
+def test_scan_on_fibers(blocks):
+    """Of more blocks of tokens than a block has threads, whose memory is then used again."""
+    random = np.random.default_rng(0)
+    block_counts = random.integers(0, 500, (5, blocks)).astype(np.int32)
+    block_sums = random.integers(0, 500, (4, blocks)).astype(np.float32)  # sums of any order are exact
+    running, counts, sums = execute("route.cpp", "scan", block_counts, block_sums, seeds=(0, 1, 2, 4))
+    np.testing.assert_array_equal(running, block_counts.cumsum(1) - block_counts)
+    np.testing.assert_array_equal(counts, block_counts.sum(1))
+    np.testing.assert_array_equal(sums, block_sums.sum(1))
 
 
 def _on_gpu(name: str) -> tuple:
