@@ -48,12 +48,16 @@ void for_blocks(int64_t rows, int64_t width, const Block& run) {
 template <class T>
 class Scratch {
  public:
+  // `count` elements and a 0 behind them: oneDNN's bfloat16 product on AMX reads one further where a row's length is
+  // odd, and multiplies it by 0, which NaN survives.
   T* of(int64_t count) {
     if (count > count_) {
-      memory_ = torch::stable::empty({count * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte);
+      memory_ = torch::stable::empty({(count + 1) * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte);
       count_ = count;
     }
-    return static_cast<T*>(memory_.mutable_data_ptr());
+    T* const data = static_cast<T*>(memory_.mutable_data_ptr());
+    data[count] = T{};
+    return data;
   }
 
  private:

@@ -86,7 +86,7 @@ def by_implementation(name):
 
 
 def assert_as_good(x, routing, parameters, activation="gelu_tanh", dtype=torch.float32, ours=ours):
-    """err(ours) <= 2 err(same-dtype torch) + tiny, both against float64, for y and every gradient."""
+    """err(ours) <= 2 err(same-dtype torch) + tiny of the largest, both against float64, for y and every gradient."""
     exact = outcome(truth(routing, activation), torch.float64, x, routing.weight, parameters)
     peer = outcome(truth(routing, activation), dtype, x, routing.weight, parameters)
     got = outcome(ours(routing, activation), dtype, x, routing.weight, parameters)
@@ -94,7 +94,8 @@ def assert_as_good(x, routing, parameters, activation="gelu_tanh", dtype=torch.f
     for index, (e, p, g) in enumerate(zip(exact, peer, got, strict=True)):
         assert g.shape == e.shape
         if e.numel():
-            assert (g - e).abs().max() <= 2 * (p - e).abs().max() + TINY, f"output {index}"
+            tiny = TINY * e.abs().max().clamp(min=1)  # torch's error of a few sums may be 0 by luck
+            assert (g - e).abs().max() <= 2 * (p - e).abs().max() + tiny, f"output {index}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
