@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ import torch
 
 if importlib.util.find_spec("unif2ace_kernels") is None:  # not installed: test the source tree
     sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,6 +65,22 @@ def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ]:
         monkeypatch.setattr(owner, name, filling(getattr(owner, name)))
+
+
+@pytest.fixture
+def no_wait() -> Callable[[], AbstractContextManager[None]]:
+    """``with no_wait():`` whatever makes the host wait for the GPU is an error, but for what was launched before."""
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return within
 
 
 @pytest.fixture

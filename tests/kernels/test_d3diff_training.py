@@ -137,7 +137,6 @@ def test_the_switch_is_off_when_told_so():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_switch_on_cuda_is_off_until_asked_for():
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in arguments().items()}
     moved["mask_prob"] = torch.tensor([0.5, 2.0, 1.0], device="cuda")

@@ -10,8 +10,6 @@ from experts_cases import EDGES, NAMES, assert_as_good, by_autograd, cast, in_to
 from unif2ace_kernels.moe import Routing, experts  # noqa: E402
 from unif2ace_kernels.moe.activation_torch import ACTIVATIONS  # noqa: E402
 
-needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-
 
 def gpu_problem(device, dtype, tokens=300, hidden=192, width=136, **options):
     x, routing, parameters, grad_y = cast(dtype, *mixture(tokens, hidden=hidden, width=width, **options))
@@ -34,7 +32,7 @@ def check_on(device, dtype, activation, **options):
 
 
 class TestGpu:
-    pytestmark = needs_cuda
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -94,14 +92,11 @@ class TestGpu:
         for name, a, b in zip(NAMES, outputs, run(), strict=True):
             assert torch.equal(a, b), name
 
-    def test_nothing_waits_for_the_device(self):
+    def test_nothing_waits_for_the_device(self, no_wait):
         problem = gpu_problem("cuda", torch.bfloat16)
         by_autograd(through_the_op("gelu_tanh"), *problem)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_wait():
             by_autograd(through_the_op("gelu_tanh"), *problem)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_gpu_checks_pass_where_they_can_run_here():

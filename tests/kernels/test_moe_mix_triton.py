@@ -104,7 +104,6 @@ def test_the_gpu_checks_pass_where_they_can_run_here():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 class TestGpu:
     @pytest.mark.parametrize("injected", [0, 1, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -14,7 +14,6 @@ from unif2ace_kernels import moe
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_one_gpu_over_nccl(tmp_path):
     """Values, gradients, and one wait for the device."""
     case = Case((300,), 9, 3, "groups", "swiglu")

@@ -122,17 +122,8 @@ def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return _flat(tensor).cuda().as_strided(tensor.shape, tensor.stride())
 
 
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-    pytest.mark.parametrize("name", ["triton", "cuda c++"]),
-]
-
-
 def gpu(test):
-    for mark in on_gpu:
-        test = mark(test)
-    return test
+    return pytest.mark.gpu(pytest.mark.parametrize("name", ["triton", "cuda c++"])(test))
 
 
 @gpu
@@ -163,7 +154,7 @@ def test_gpu_long_batch_is_that_of_the_cpu_and_the_same_on_every_run(name):
 
 
 @gpu
-def test_gpu_in_a_captured_graph_and_without_waiting(name):
+def test_gpu_in_a_captured_graph_and_without_waiting(name, no_wait):
     forward, backward = _on_gpu(name)
     arguments = RouteCase("graph", tokens=300, sizes=(6, 11), top_k=3).arguments()
     moved = [_to_gpu(each) if isinstance(each, torch.Tensor) else each for each in arguments]
@@ -175,12 +166,8 @@ def test_gpu_in_a_captured_graph_and_without_waiting(name):
         return *outputs, backward(*grads, *moved[:2], outputs[1], outputs[2], *options)
 
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

@@ -192,7 +192,6 @@ def test_triton_launches_on_the_device_of_its_output(triton_interpreter, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["triton", "cuda c++", "torch"])
 def test_gpu_has_the_bits_of_the_cpu(name):
     candidates = {each.name: each for each in _library._IMPLEMENTATIONS["gumbel"] if "cuda" in each.devices}
@@ -205,7 +204,6 @@ def test_gpu_has_the_bits_of_the_cpu(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_captured_graph_reads_the_offset_anew():
     seed, offset = (each.cuda() for each in seed_and_offset())
     gumbel(seed, offset, 4, 64)

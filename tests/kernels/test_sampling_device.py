@@ -145,9 +145,6 @@ def test_a_capture_that_failed_gives_its_memory_back(monkeypatch, is_ended):
     assert released == ([] if is_ended else [("ended", (0, 7)), ("released", (0, 7))])
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
 def cuda_sampler(**settings):
     """Its model reads no tensor of the host."""
     rng = torch.Generator().manual_seed(0)
@@ -161,22 +158,17 @@ def cuda_sampler(**settings):
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_on_cuda_no_step_waits_and_a_graph_is_the_loop(settings):
+def test_on_cuda_no_step_waits_and_a_graph_is_the_loop(settings, no_wait):
     eager, graph = cuda_sampler(**settings), cuda_sampler(**settings, cuda_graph=True)
     ids = batch().cuda()
     ids[1, 5:20] = 3
     tables = eager.begin(ids, None, 4, 9)
     eager.advance(ids, 0, tables)  # what compiles or loads does so here
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with no_wait():
         state = ids
         for step in range(6):
             state, sample, _ = eager.advance(state, step, tables)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     want, steps = run(eager, ids, seed=4, offset=9)
     assert torch.equal(sample, want)
     got, replayed = run(graph, ids, seed=4, offset=9)
@@ -193,7 +185,6 @@ def test_on_cuda_no_step_waits_and_a_graph_is_the_loop(settings):
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_on_cuda_the_ids_are_those_of_the_cpu():
     logits = torch.randn(2, 3, 48, 40, generator=torch.Generator().manual_seed(6))
 
@@ -208,7 +199,6 @@ def test_on_cuda_the_ids_are_those_of_the_cpu():
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_a_step_function_that_waits_cannot_be_captured():
     def waits(ids, step):
         return torch.zeros(*ids.shape, 40, device="cuda") + float((ids == MASK).sum())

@@ -111,7 +111,6 @@ def test_a_model_in_bfloat16_paints(config):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_the_faces_are_those_of_the_cpu(config):
     """In float64, where products that round otherwise do not move a draw."""
     captions = tiny.texts((3, 2), config=config)

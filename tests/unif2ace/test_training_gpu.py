@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_runs as runs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
