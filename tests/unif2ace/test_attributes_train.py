@@ -283,6 +283,17 @@ def test_features_of_other_weights_are_refused(trained, tmp_path) -> None:
         head.AttributeClassifier(tmp_path)
 
 
+def test_features_may_have_moved(trained, untrained, tmp_path) -> None:
+    config, _ = trained
+    made, description = head.load(Path(config.out))
+    head.save(made, head.Description(**{**vars(description), "features": f"tokens:{tmp_path / 'gone'}"}), tmp_path)
+    with pytest.raises(UserError, match="gone"):
+        head.AttributeClassifier(tmp_path)
+    dark = [np.full((64, 64, 3), (65, 90, 115), np.uint8)]
+    moved = head.AttributeClassifier(tmp_path, features=f"tokens:{untrained}")
+    assert moved(dark) == head.AttributeClassifier(config.out)(dark) != [[]]
+
+
 def test_one_seed_gives_one_head(trained, untrained) -> None:
     config, found = trained
     again = train_attributes(settings(Path(config.images), untrained, "again"), say=lambda line: None)
