@@ -261,8 +261,9 @@ def sources(device: Device) -> str:
     rows = []
     for name, (count, first) in sorted(files.items()):
         dirty = " with changes" if first["dirty"] else ""
+        other = "" if first["device_name"] == device.head["device_name"] else f" (on {first['device_name']})"
         rows.append(
-            [f"[{name}.jsonl](../../benchmarks/results/{device.name}/{name}.jsonl)", titles.get(name, ""),
+            [f"[{name}.jsonl](../../benchmarks/results/{device.name}/{name}.jsonl)", titles.get(name, "") + other,
              str(count), f"{str(first['commit'])[:10]}{dirty}", first["date"][:10],
              f"`{first['command'].partition(' --json')[0]}`"]
         )  # fmt: skip

@@ -72,6 +72,13 @@ def test_the_best_peer_gives_the_same_and_is_not_ours(device) -> None:
     assert "plan.jsonl" in tables.sources(device) and "plan" not in device.files
 
 
+def test_a_file_from_another_machine_is_told(device) -> None:
+    assert "(on " not in tables.sources(device)
+    device.others["plan"][0]["device_name"] = "another toy"
+    [told] = [line for line in tables.sources(device).splitlines() if "(on another toy)" in line]
+    assert "plan.jsonl" in told
+
+
 def test_what_holds_no_cases_is_told_too(device) -> None:
     page = report.device_page(device)
     assert "| toy | bf16 | 3.0 | 1.010 | 5.0 | 0.990 |" in page and "1,024 tokens each, D 32" in page
