@@ -1,7 +1,7 @@
 """One training step and one generation by part, on our ops and on plain PyTorch, same weights, in one run.
 
     python -m benchmarks.profiles [--only NAME] [--seconds S] [--json OUT.jsonl]
-    python -m benchmarks.profiles --table benchmarks/results/cpu/profiles.jsonl
+    python -m benchmarks.profiles --table benchmarks/results/cpu-amx/profiles.jsonl
 
 Contenders of a training step (forward, backward, AdamW):
 

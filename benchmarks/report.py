@@ -124,10 +124,9 @@ def readme_part(found: Sequence[Device]) -> str:
 
 
 def headline(found: Sequence[Device]) -> str:
-    """What there is to know before anything else, in two sentences a device."""
-    words = "Every op against what one would run otherwise, on"
-    told = [f"{words} {machine(each)}: {verdict(each).replace('Ours', 'ours', 1)}" for each in found if by_op(each)]
-    return " ".join([*told, _no_gpu(found)]).strip()
+    """What there is to know before anything else, a sentence a device."""
+    told = [f"On {machine(each)}: {verdict(each).replace('Ours', 'ours', 1)}" for each in found if by_op(each)]
+    return " ".join(["Every op against what one would run otherwise.", *told, _no_gpu(found)]).strip()
 
 
 def kernels_part(found: Sequence[Device]) -> str:

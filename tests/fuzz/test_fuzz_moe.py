@@ -175,7 +175,9 @@ def test_experts_are_the_reference(mixture, dtype, layout):
     peer, exact = outcome(written_out, dtype, *problem), outcome(written_out, torch.float64, *problem)
     for index, (g, p, e) in enumerate(zip(got, peer, exact, strict=True)):
         assert g.dtype == p.dtype
-        assert_as_good(g, p, e, f"output {index}", dtype=dtype, size=max(1, len(x)))  # sums over tokens
+        # Sums over tokens; but a gate's gradient, output 1, is one over columns, whose terms may cancel.
+        size = grad_y.abs().sum(1).max().item() if index == 1 and len(x) else len(x)
+        assert_as_good(g, p, e, f"output {index}", dtype=dtype, size=max(1, size))
 
 
 @given(mixtures(), any_values, seeds)
