@@ -106,6 +106,17 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_with_index)
+
+    convert = interpreter._implicit_cvt
+
+    def convert_to_its_type(arg):
+        """An int from 2**31 to 2**32 - 1 is int64 to the compiler; here it is held in 32 bits, whose >> 32 is wrong."""
+        converted = convert(arg)
+        if type(arg) is int and 2**31 <= arg < 2**32:
+            converted.handle.data = converted.handle.data.astype("int64")
+        return converted
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", convert_to_its_type)
     watched_memory.watch(monkeypatch)
 
     interpreted: dict[object, InterpretedFunction] = {}

@@ -30,6 +30,15 @@ def test_noise_has_the_bits_of_torch(triton_interpreter, length, exact):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1])
+def test_every_seed_has_the_bits_of_torch(triton_interpreter, seed):
+    tokens, m = torch.arange(64).repeat(2, 1), torch.tensor([0.3, 0.7])
+    for offset in (0, 2**31, 2**32 - 1):
+        arguments = (tokens, m, 1234, False, seed, offset, 2**32 + 3)
+        for one, other in zip(noise_triton.noise_triton(*arguments), noise_torch(*arguments), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_the_count_is_of_the_product_as_it_was_rounded(monkeypatch):
     """Fused, x - floor(x) is of the exact product, and 50 * float32(0.05) is no half: a GPU would mask one more."""
     launched = []
