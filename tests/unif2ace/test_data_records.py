@@ -151,6 +151,8 @@ def test_ways_to_write_a_conversation(value, expected, tmp_path):
         ({"conversations": ["a"]}, "expected a turn"),
         ({"conversations": "{"}, "conversations: not JSON"),
         ({"conversations": 7}, "expected a list of turns, got 7"),
+        ({"conversations": [[], 2]}, "expected a list of turns, got 2"),
+        ({"conversations": {"from": "human"}}, "expected a list of turns, got {"),
         ({"caption": 7}, "caption: expected a text or a list of them, got 7"),
         ({"caption": "c", "image": 7}, "image: expected a file name or bytes, got 7"),
         ({"text": 7}, "field text: expected a text, got 7"),

@@ -210,15 +210,15 @@ def _conversations(record: Mapping[str, Any], fields: FieldMap, where: str) -> t
             value = json.loads(value)
     if not value:
         return ()
-    if not isinstance(value, (list, tuple)):
-        raise SampleError(where, f"conversations: expected a list of turns, got {value!r:.80}")
-    if isinstance(value[0], (list, tuple)):
+    if isinstance(value, (list, tuple)) and isinstance(value[0], (list, tuple)):
         return tuple(each for turns in value if (each := _turns(turns, where)))
     return (turns,) if (turns := _turns(value, where)) else ()
 
 
 def _turns(messages: Any, where: str) -> Conversation:
     """Turns of [{from, value}], [{role, content}] or [{question, answer}]; a system's words lead the first question."""
+    if not isinstance(messages, (list, tuple)):
+        raise SampleError(where, f"conversations: expected a list of turns, got {messages!r:.80}")
     turns: list[tuple[str, str]] = []
     lead, asked = "", None
     for each in messages:
