@@ -23,7 +23,7 @@ UNIF2ACE_HOST_DEVICE float exp_nonpositive(float x) {
   p = (p * r) * r + r;
   const uint32_t exponent = static_cast<uint32_t>(float_bits(shifted)) - 0x4B400000u + 127u;  // less the shifter's bits
   const float power = bits_float(static_cast<int32_t>(exponent << 23));
-  // Not p * power + power, the same number: p * power is denormal where x is least, which costs Intel's cores 150 cycles.
+  // Not p * power + power, the same number: p * power is denormal where x is least, which is slow on some processors.
   return x < lowest ? 0.0f : (p + 1.0f) * power;
 }
 

@@ -171,7 +171,7 @@ HeadOutputs head_of(const Tensor& given, const Tensor& weight, const std::option
     const int64_t row_size = stride * static_cast<int64_t>(sizeof(T));
     const int64_t most = std::max<int64_t>(1, std::max(kChunkBytes, share) / row_size);
     const int64_t chunks = (count + most - 1) / most, size = (count + chunks - 1) / chunks;
-    Tensor memory = torch::stable::new_empty(w, {size, stride});  // once: fresh pages cost more than a pass
+    const Tensor memory = torch::stable::new_empty(w, {size, stride});  // once: fresh pages cost more than a pass
     // What oneDNN's bfloat16 product on AMX reads behind a row of odd length, it multiplies by 0: NaN would stay NaN.
     Tensor padding = part_of(memory, width, stride - width, 1);
     torch::stable::zero_(padding);
